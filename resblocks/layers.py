@@ -1,0 +1,337 @@
+"""What branches are made of: convolution, normalisation, attention, drop path, scales and pooling, in 1D, 2D and 3D."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import gcd, log2
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+# einops looks at the tensor it is given, which torch.fx cannot trace: its calls stay whole in the graph.
+torch.fx.wrap("rearrange")
+torch.fx.wrap("reduce")
+
+Layer = Callable[..., nn.Module]
+Family = tuple[Layer, Layer, Layer]  # one layer each for 1D, 2D and 3D data
+
+convolution: Family = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+batch_norm: Family = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+instance_norm: Family = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+max_pool: Family = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+avg_pool: Family = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+
+def named(**layers: nn.Module | None) -> nn.Sequential:
+    """A sequence of named layers without those that are None: what a branch is written with, in the figure's order."""
+    sequence = nn.Sequential()
+    for name, layer in layers.items():
+        if layer is not None:
+            sequence.add_module(name, layer)
+    return sequence
+
+
+def over_positions(values: Tensor, x: Tensor) -> Tensor:
+    """Values of channels, with a dimension of size 1 for each spatial one of x: (..., C) -> (..., C, 1, ...)."""
+    return values[(...,) + (None,) * (x.dim() - 2)]
+
+
+class GlobalAvgPool(nn.Module):
+    """Mean of each channel over all positions. Shape: (N, C, ...) -> (N, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled: Tensor = reduce(x, "n c ... -> n c", "mean")
+        return pooled
+
+
+# --- convolution
+
+
+class _WeightStandardised(nn.modules.conv._ConvNd):
+    """Convolution whose filters have zero mean and unit variance (Qiao et al. 2019, eq. 11)."""
+
+    eps = 1e-5
+
+    def standardised(self) -> Tensor:
+        var, mean = torch.var_mean(self.weight, tuple(range(1, self.weight.dim())), correction=0, keepdim=True)
+        return (self.weight - mean) * torch.rsqrt(var + self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self._conv_forward(x, self.standardised(), self.bias)
+        return out
+
+
+class WSConv1d(_WeightStandardised, nn.Conv1d):
+    """Weight-standardised 1D convolution; arguments and shapes as `nn.Conv1d`."""
+
+
+class WSConv2d(_WeightStandardised, nn.Conv2d):
+    """Weight-standardised 2D convolution; arguments and shapes as `nn.Conv2d`."""
+
+
+class WSConv3d(_WeightStandardised, nn.Conv3d):
+    """Weight-standardised 3D convolution; arguments and shapes as `nn.Conv3d`."""
+
+
+weight_standardised: Family = (WSConv1d, WSConv2d, WSConv3d)
+
+
+# --- normalisation
+
+
+def group_norm(channels: int, groups: int = 32) -> nn.Module:
+    """Group norm (Wu and He 2018) with gcd(groups, channels) groups, so that any channel count works."""
+    return nn.GroupNorm(gcd(groups, channels), channels)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the channels at each position (as in ConvNeXt, Liu et al. 2022). Shape: (N, C, ...) -> same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Tensor = super().forward(rearrange(x, "n c ... -> n ... c"))
+        out: Tensor = rearrange(last, "n ... c -> n c ...")
+        return out
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm whose statistics and affine are buffers: it never changes, in `train()` either.
+
+    Its state dict has the names of `nn.BatchNorm2d`.
+
+    Shape: (N, channels, ...) -> same.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.empty(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as the identity."""
+        for buffer in (self.weight, self.running_var):
+            nn.init.ones_(buffer)
+        for buffer in (self.bias, self.running_mean, self.num_batches_tracked):
+            nn.init.zeros_(buffer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+# --- attention
+
+
+class SE(nn.Module):
+    """Squeeze and excitation (Hu et al. 2018, fig. 2): a gate for each channel from the mean of all channels.
+
+    Args:
+        channels: of the input.
+        reduction: channels over the width of the hidden layer, at least 8 of which are kept.
+
+    Shape: (N, channels, ...) -> same.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        hidden = max(channels // reduction, min(8, channels))
+        self.reduce = nn.Linear(channels, hidden)
+        self.act = nn.ReLU()
+        self.expand = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.expand(self.act(self.reduce(reduce(x, "n c ... -> n c", "mean")))))
+        return x * over_positions(gate, x)
+
+
+class ECA(nn.Module):
+    """Efficient channel attention (Wang et al. 2020, fig. 2): a 1D convolution over the channel means.
+
+    The kernel size grows with the channels as the paper's eq. 12 says (gamma 2, b 1).
+
+    Shape: (N, channels, ...) -> same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        size = int(abs(log2(channels) + 1) / 2)
+        size += 1 - size % 2
+        # A layer of its own kind: the mix of channels is not one of the block's convolutions, which `conv` may replace.
+        self.weight = nn.Parameter(torch.empty(1, 1, size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the kernel as `nn.Conv1d` does."""
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = reduce(x, "n c ... -> n 1 c", "mean")
+        gate = torch.sigmoid(nn.functional.conv1d(means, self.weight, padding=self.weight.shape[-1] // 2))
+        return x * over_positions(rearrange(gate, "n 1 c -> n c"), x)
+
+
+class CBAM(nn.Module):
+    """Convolutional block attention (Woo et al. 2018, fig. 2): a gate for each channel, then one for each position.
+
+    Args:
+        channels: of the input.
+        dims: number of spatial dimensions.
+        reduction: channels over the width of the hidden layer, at least 8 of which are kept.
+        kernel_size: of the convolution that makes the positions' gate.
+
+    Shape: (N, channels, ...) -> same.
+    """
+
+    def __init__(self, channels: int, dims: int = 2, reduction: int = 16, kernel_size: int = 7) -> None:
+        super().__init__()
+        hidden = max(channels // reduction, min(8, channels))
+        self.reduce = nn.Linear(channels, hidden)
+        self.act = nn.ReLU()
+        self.expand = nn.Linear(hidden, channels)
+        self.spatial = convolution[dims - 1](2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = [reduce(x, "n c ... -> n c", how) for how in ("mean", "max")]
+        gate = torch.sigmoid(sum(self.expand(self.act(self.reduce(values))) for values in pooled))
+        x = x * over_positions(gate, x)
+        maps = torch.cat([reduce(x, "n c ... -> n 1 ...", how) for how in ("max", "mean")], 1)
+        return x * torch.sigmoid(self.spatial(maps))
+
+
+cbam: Family = (partial(CBAM, dims=1), partial(CBAM, dims=2), partial(CBAM, dims=3))
+
+
+# --- how the branch joins
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016, sec. 3): in training drops the whole branch of a sample.
+
+    A sample's branch is set to zero with probability `p`; the branches that stay are divided by 1 - p, so that the
+    mean is that of evaluation, where nothing is dropped or scaled. (The paper scales in evaluation instead.)
+
+    Args:
+        p: probability of dropping, at least 0 and below 1.
+
+    Shape: (N, ...) -> same.
+
+    Raises:
+        ValueError: p outside its range.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"drop_path must be at least 0 and below 1, got {p!r}")
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        keep = torch.empty(x.shape[:1] + (1,) * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - self.p)
+        return x * (keep / (1 - self.p))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class LayerScale(nn.Module):
+    """A factor for each channel, small at the start (Touvron et al. 2021, eq. 4). Shape: (N, channels, ...) -> same.
+
+    Args:
+        channels: of the branch.
+        start: initial factor.
+    """
+
+    def __init__(self, channels: int, start: float = 1e-5) -> None:
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every factor to its start."""
+        nn.init.constant_(self.weight, self.start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * over_positions(self.weight, x)
+
+
+class SkipInit(nn.Module):
+    """One factor for the whole branch, zero at the start (De and Smith 2020, sec. 4). Shape: any -> same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as the shortcut alone."""
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class ReZero(SkipInit):
+    """One factor for the whole branch, zero at the start (Bachlechner et al. 2021, eq. 1); SkipInit by another name."""
+
+
+# --- resolution
+
+
+class BlurPool(nn.Module):
+    """Binomial 1-2-1 filter, then every stride-th position (Zhang 2019, sec. 3.2); the border is repeated.
+
+    Shape: (N, channels, L, ...) -> (N, channels, ceil(L / stride), ...).
+    """
+
+    kernel: Tensor
+
+    def __init__(self, channels: int, stride: int, dims: int = 2) -> None:
+        super().__init__()
+        self.channels, self.stride, self.dims = channels, stride, dims
+        self.register_buffer("kernel", torch.empty((3,) * dims), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the kernel: the outer product of (1, 2, 1) / 4 in each dimension."""
+        line = torch.tensor([0.25, 0.5, 0.25]).to(self.kernel)
+        kernel = line
+        for _ in range(self.dims - 1):
+            kernel = kernel[..., None] * line
+        with torch.no_grad():
+            self.kernel.copy_(kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.kernel.to(x.dtype).expand(self.channels, 1, *self.kernel.shape)
+        padded = nn.functional.pad(x, (1, 1) * self.dims, mode="replicate")
+        conv = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self.dims - 1]
+        return conv(padded, weight, stride=self.stride, groups=self.channels)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, stride={self.stride}"
+
+
+def _average(pool: Layer, channels: int, stride: int) -> nn.Module:
+    return pool(stride, stride, ceil_mode=True, count_include_pad=False)
+
+
+average_downsample: Family = (
+    partial(_average, avg_pool[0]),
+    partial(_average, avg_pool[1]),
+    partial(_average, avg_pool[2]),
+)
+blur_downsample: Family = (partial(BlurPool, dims=1), partial(BlurPool, dims=2), partial(BlurPool, dims=3))

@@ -1,0 +1,185 @@
+"""The nets that have names: each name is one line of data, the call that builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from functools import partial
+from typing import Any
+
+from resblocks.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, ResNeXtBlock, WideBlock
+from resblocks.nets import BaselineCNN, Block, DenseNet, Network, ResNet
+from resblocks.options import check_positive
+
+BASIC = (64, 128, 256, 512)
+BOTTLENECK = (256, 512, 1024, 2048)
+
+
+def cifar_resnet(depth: int, **options: Any) -> ResNet:
+    """The CIFAR ResNet of 6n + 2 layers (He et al. 2015, sec. 4.2), with the paper's shortcut A.
+
+    Args:
+        depth: number of weighted layers: 20, 32, 44, 56, 110, 1202 in the paper.
+        options: of `ResNet`; `shortcut="B"` is the variant with projections.
+
+    Raises:
+        ValueError: depth is not 6n + 2.
+    """
+    return small_resnet(BasicBlock, grid(depth, 6, 2), (16, 32, 64), **{"shortcut": "A", **options})
+
+
+def cifar_preact_resnet(depth: int, **options: Any) -> ResNet:
+    """The CIFAR pre-activation ResNet of 6n + 2 layers with basic blocks (He et al. 2016, table 3).
+
+    Raises:
+        ValueError: depth is not 6n + 2.
+    """
+    return small_resnet(PreActBasicBlock, grid(depth, 6, 2), (16, 32, 64), **options)
+
+
+def cifar_preact_bottleneck_resnet(depth: int, **options: Any) -> ResNet:
+    """The CIFAR pre-activation ResNet of 9n + 2 layers with bottlenecks (He et al. 2016, table 4).
+
+    Raises:
+        ValueError: depth is not 9n + 2.
+    """
+    return small_resnet(PreActBottleneck, grid(depth, 9, 2), (64, 128, 256), **options)
+
+
+def wide_resnet(depth: int, widen_factor: int, **options: Any) -> ResNet:
+    """The wide residual network WRN-depth-widen_factor of 6n + 4 layers (Zagoruyko and Komodakis 2016, table 1).
+
+    Args:
+        depth: number of convolutions; the projection of the first block counts as one.
+        widen_factor: factor on the widths 16, 32, 64, k of the paper.
+        options: of `ResNet`; `dropout=0.3` is the paper's choice for CIFAR-10.
+
+    Raises:
+        ValueError: depth is not 6n + 4, widen_factor is below 1.
+    """
+    check_positive(widen_factor=widen_factor)
+    widths = (16 * widen_factor, 32 * widen_factor, 64 * widen_factor)
+    return small_resnet(WideBlock, grid(depth, 6, 4), widths, **options)
+
+
+def cifar_resnext(depth: int, cardinality: int, base_width: int, **options: Any) -> ResNet:
+    """The CIFAR ResNeXt of 9n + 2 layers (Xie et al. 2017, sec. 5.2).
+
+    Raises:
+        ValueError: depth is not 9n + 2.
+    """
+    block = partial(ResNeXtBlock, cardinality=cardinality, base_width=base_width)
+    return small_resnet(block, grid(depth, 9, 2), BOTTLENECK[:3], **{"stem_width": 64, **options})
+
+
+def cifar_densenet(depth: int, growth_rate: int, *, bottleneck: bool = True, **options: Any) -> DenseNet:
+    """The CIFAR DenseNet of three blocks (Huang et al. 2017, sec. 3).
+
+    Args:
+        depth: 3n + 4 layers, 6n + 4 with bottlenecks.
+        growth_rate: k of the paper.
+        bottleneck: True is DenseNet-BC, with 1x1 convolutions and compression 0.5, False the plain DenseNet.
+        options: of `DenseNet`.
+
+    Raises:
+        ValueError: depth is off that grid.
+    """
+    kind: dict[str, Any] = {} if bottleneck else {"bn_size": None, "compression": 1.0, "stem_width": 16}
+    n = grid(depth, 6 if bottleneck else 3, 4)
+    return DenseNet(growth_rate, (n, n, n), **{"stem": "cifar", "num_classes": 10, **kind, **options})
+
+
+def small_resnet(block: Block, n: int, widths: tuple[int, ...], **options: Any) -> ResNet:
+    """Three stages of n blocks behind the CIFAR stem, for ten classes."""
+    return ResNet(block, (n, n, n), widths, **{"stem": "cifar", "stem_width": 16, "num_classes": 10, **options})
+
+
+def grid(depth: int, step: int, offset: int) -> int:
+    """n for a depth of step * n + offset.
+
+    Raises:
+        ValueError: depth is not on that grid.
+    """
+    n, rest = divmod(depth - offset, step)
+    if rest or n < 1:
+        near = ", ".join(str(step * k + offset) for k in range(max(1, n), max(1, n) + 2))
+        raise ValueError(f"depth must be {step}n + {offset} (nearest: {near}), got {depth}")
+    return n
+
+
+MODELS: dict[str, Callable[..., Network]] = {
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2), BASIC),
+    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3), BASIC),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3), BOTTLENECK),
+    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3), BOTTLENECK),
+    "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3), BOTTLENECK),
+    "resnext50_32x4d": partial(ResNet, partial(Bottleneck, groups=32, base_width=4), (3, 4, 6, 3), BOTTLENECK),
+    "resnext101_32x8d": partial(ResNet, partial(Bottleneck, groups=32, base_width=8), (3, 4, 23, 3), BOTTLENECK),
+    "resnext101_64x4d": partial(ResNet, partial(Bottleneck, groups=64, base_width=4), (3, 4, 23, 3), BOTTLENECK),
+    "wide_resnet50_2": partial(ResNet, partial(Bottleneck, base_width=128), (3, 4, 6, 3), BOTTLENECK),
+    "wide_resnet101_2": partial(ResNet, partial(Bottleneck, base_width=128), (3, 4, 23, 3), BOTTLENECK),
+    "preact_resnet18": partial(ResNet, PreActBasicBlock, (2, 2, 2, 2), BASIC),
+    "preact_resnet34": partial(ResNet, PreActBasicBlock, (3, 4, 6, 3), BASIC),
+    "preact_resnet50": partial(ResNet, PreActBottleneck, (3, 4, 6, 3), BOTTLENECK),
+    "preact_resnet101": partial(ResNet, PreActBottleneck, (3, 4, 23, 3), BOTTLENECK),
+    "preact_resnet152": partial(ResNet, PreActBottleneck, (3, 8, 36, 3), BOTTLENECK),
+    "densenet121": partial(DenseNet, 32, (6, 12, 24, 16)),
+    "densenet161": partial(DenseNet, 48, (6, 12, 36, 24)),
+    "densenet169": partial(DenseNet, 32, (6, 12, 32, 32)),
+    "densenet201": partial(DenseNet, 32, (6, 12, 48, 32)),
+    "resnet20": partial(cifar_resnet, 20),
+    "resnet32": partial(cifar_resnet, 32),
+    "resnet44": partial(cifar_resnet, 44),
+    "resnet56": partial(cifar_resnet, 56),
+    "resnet110": partial(cifar_resnet, 110),
+    "resnet1202": partial(cifar_resnet, 1202),
+    "preact_resnet110": partial(cifar_preact_resnet, 110),
+    "preact_resnet164": partial(cifar_preact_bottleneck_resnet, 164),
+    "preact_resnet1001": partial(cifar_preact_bottleneck_resnet, 1001),
+    "wrn_16_4": partial(wide_resnet, 16, 4),
+    "wrn_16_8": partial(wide_resnet, 16, 8),
+    "wrn_40_4": partial(wide_resnet, 40, 4),
+    "wrn_28_10": partial(wide_resnet, 28, 10),
+    "resnext29_8x64d": partial(cifar_resnext, 29, 8, 64),
+    "resnext29_16x64d": partial(cifar_resnext, 29, 16, 64),
+    "densenet_40_12": partial(cifar_densenet, 40, 12, bottleneck=False),
+    "densenet_100_12": partial(cifar_densenet, 100, 12, bottleneck=False),
+    "densenet_bc_100_12": partial(cifar_densenet, 100, 12),
+    "densenet_bc_190_40": partial(cifar_densenet, 190, 40),
+    "densenet_bc_250_24": partial(cifar_densenet, 250, 24),
+    "baseline_cnn": BaselineCNN,
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that match a shell pattern, in order.
+
+    Example:
+        >>> list_models("wrn*")
+        ['wrn_16_4', 'wrn_16_8', 'wrn_28_10', 'wrn_40_4']
+    """
+    return sorted(name for name in MODELS if fnmatch(name, pattern))
+
+
+def create_model(name: str, **options: Any) -> Network:
+    """Build the net of that name, its defaults overridden by options.
+
+    Args:
+        name: one of `list_models()`.
+        options: of the net: `ResNet`, `DenseNet` or `BaselineCNN`; `skip=False` builds the net without skips,
+            `stem="cifar"` an ImageNet net for small images.
+
+    Raises:
+        ValueError: a name that is not in the table; what the net raises.
+
+    Example:
+        >>> net = create_model("resnet18", stem="cifar", num_classes=10)
+        >>> sum(weight.numel() for weight in net.parameters())
+        11173962
+    """
+    if name not in MODELS:
+        close = get_close_matches(name, MODELS, n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else "; list_models() shows them all"
+        raise ValueError(f"name must be one of the {len(MODELS)} named nets, got {name!r}{hint}")
+    return MODELS[name](**options)

@@ -1,0 +1,405 @@
+"""Networks: stem + stages of blocks + head, for any block and any number of stages."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, cast
+
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from resblocks.blocks import DenseBlock, Transition
+from resblocks.init import init_weights
+from resblocks.layers import GlobalAvgPool, max_pool, named
+from resblocks.options import LayerOptions, Layers, NetOptions, check_positive, check_probability
+
+Block = Callable[..., nn.Module]
+Stem = str | Callable[[int, int], nn.Module]
+STEMS = ("imagenet", "cifar", "deep")
+
+
+class Network(nn.Module):
+    """What all nets share: `head(pool(final(stages(stem(x)))))`.
+
+    Args:
+        stem: from the input to the first stage.
+        stages: the stages in order.
+        final: what comes between the last stage and the pool: norm and activation after pre-activation blocks.
+        num_classes: outputs of the head; 0 leaves the pooled features.
+        stage_channels: channels that each stage puts out.
+        stage_strides: pixels of the input for one of each stage's output, along each dimension.
+
+    Shape: (N, in_channels, H, W) -> (N, num_classes), or (N, num_features) with num_classes=0; likewise in 1D and 3D.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: Sequence[nn.Module],
+        final: nn.Module,
+        *,
+        num_classes: int,
+        stage_channels: Sequence[int],
+        stage_strides: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.stage_channels, self.stage_strides = tuple(stage_channels), tuple(stage_strides)
+        self.num_features = self.stage_channels[-1]
+        self.stem = stem
+        self.stages = nn.Sequential(*stages)
+        self.final = final
+        self.pool = GlobalAvgPool()
+        self.head: nn.Module
+        self.reset_head(num_classes)
+
+    def reset_head(self, num_classes: int) -> None:
+        """Replace the head by a new linear layer, or by nothing with num_classes=0, where and as what the net is.
+
+        Raises:
+            ValueError: num_classes below 0.
+        """
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        self.num_classes = num_classes
+        here = next(self.stages.parameters())
+        linear = (
+            nn.Linear(self.num_features, num_classes, device=here.device, dtype=here.dtype) if num_classes else None
+        )
+        self.head = nn.Identity() if linear is None else linear
+
+    def init_weights(self) -> None:
+        """Draw all weights anew, for instance after `device="meta"` and `to_empty`."""
+        init_weights(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The map before the pool. Shape: (N, in_channels, H, W) -> (N, num_features, H / stride, W / stride)."""
+        features: Tensor = self.final(self.stages(self.stem(x)))
+        return features
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """From that map to the logits. Shape: (N, num_features, H, W) -> (N, num_classes)."""
+        logits: Tensor = self.head(self.pool(features))
+        return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def features(self, x: Tensor, stages: Sequence[int] | None = None) -> list[Tensor]:
+        """The maps that the stages put out, a pyramid for detection or segmentation.
+
+        Their channels and strides are `stage_channels` and `stage_strides`. After pre-activation blocks the maps are
+        not activated, but for the last, which passes `final`.
+
+        Args:
+            x: the input.
+            stages: which stages, counted from 0; None takes all.
+
+        Shape: (N, in_channels, H, W) -> for each stage (N, channels, ceil(H / stride), ceil(W / stride)); the
+            transitions of a DenseNet round down.
+
+        Raises:
+            ValueError: a stage that the net does not have.
+        """
+        count = len(self.stages)
+        wanted = range(count) if stages is None else stages
+        for stage in wanted:
+            if not 0 <= stage < count:
+                raise ValueError(f"stages must be from 0 to {count - 1}, got {stage}")
+        maps = []
+        x = self.stem(x)
+        for layers in self.stages:
+            x = layers(x)
+            maps.append(x)
+        maps[-1] = self.final(x)
+        return [maps[stage] for stage in wanted]
+
+
+class ResNet(Network):
+    """Stem, stages of residual blocks, head (He et al. 2015, table 1), for any block that keeps the protocol.
+
+    The protocol: `block(in_channels, out_channels, stride, **options)` makes a module with an attribute
+    `out_channels`. A block is handed only those options that are asked for, so a block with three arguments will do.
+    A block class with `preactivated = True` puts out maps that are not activated: the net then leaves norm and
+    activation out of the stem and puts them before the head (He et al. 2016).
+
+    Args:
+        block: block class or partial; `partial(Bottleneck, groups=32, base_width=4)` makes a ResNeXt.
+        depths: number of blocks in each stage.
+        widths: channels that come out of each stage, 256, 512, 1024, 2048 for resnet50.
+        strides: of the first block of each stage; None is 1, then 2 for each further stage.
+        stem: "imagenet" (7x7 stride 2, max-pool), "cifar" (3x3), "deep" (three 3x3, max-pool: ResNet-C, He et al.
+            2019), or a callable of in_channels and stem_width, whose module may tell its total `stride`.
+        stem_width: channels that come out of the stem.
+        num_classes: outputs of the head; 0 leaves the pooled features.
+        in_channels: channels of the input.
+        output_stride: largest total stride; further stages dilate their convolutions instead (Yu et al. 2017).
+        drop_path: probability of dropping the last block's branch; block l of L drops with l / L of it
+            (Huang et al. 2016, eq. 4).
+        skip: False builds the plain net, without shortcuts and their weights.
+        options: of blocks (`BlockLayers`), stem and head (`Layers`).
+
+    Shape: (N, in_channels, H, W) -> (N, num_classes); likewise in 1D and 3D.
+
+    Raises:
+        ValueError: lists of different lengths, an unknown stem, an option that the block does not take, a block
+            without `out_channels`; what the blocks raise.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        depths: Sequence[int],
+        widths: Sequence[int],
+        *,
+        strides: Sequence[int] | None = None,
+        stem: Stem = "imagenet",
+        stem_width: int = 64,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        output_stride: int | None = None,
+        drop_path: float = 0.0,
+        skip: bool = True,
+        **options: Unpack[NetOptions],
+    ) -> None:
+        strides = [1] + [2] * (len(depths) - 1) if strides is None else strides
+        check_stages(depths=depths, widths=widths, strides=strides)
+        check_probability(drop_path=drop_path)
+        make = Layers(**layer_options(options))
+        preactivated = getattr(unwrap(block), "preactivated", False)
+        stem_module, stem_stride = make_stem(make, stem, in_channels, stem_width, activated=not preactivated)
+        plans = plan_stages(strides, stem_stride, output_stride)
+        drops = iter([drop_path * (number + 1) / sum(depths) for number in range(sum(depths))])
+        stages, stage_channels, channels = [], [], stem_width
+        for depth, width, plan in zip(depths, widths, plans, strict=True):
+            stage = nn.Sequential()
+            for stride, dilation in [(plan.stride, plan.first_dilation)] + [(1, plan.dilation)] * (depth - 1):
+                asked = asked_options(options, skip=skip, dilation=dilation, drop_path=next(drops))
+                stage.append(make_block(block, channels, width, stride, asked))
+                channels = cast(int, stage[-1].out_channels)
+            stages.append(stage)
+            stage_channels.append(channels)
+        final = named(norm=make.norm(channels), act=make.activation()) if preactivated else nn.Identity()
+        super().__init__(
+            stem_module,
+            stages,
+            final,
+            num_classes=num_classes,
+            stage_channels=stage_channels,
+            stage_strides=[plan.total for plan in plans],
+        )
+
+
+class DenseNet(Network):
+    """Stem, dense blocks with transitions between them, head (Huang et al. 2017, table 1).
+
+    Args:
+        growth_rate: channels that each layer adds, k of the paper.
+        depths: number of layers in each dense block.
+        stem: as in `ResNet`.
+        stem_width: channels that come out of the stem; None is 2 * growth_rate.
+        bn_size: width of the 1x1 convolutions in growth rates; None leaves them out (no "-B").
+        compression: part of the channels that a transition keeps, theta of the paper; 1 keeps all (no "-C").
+        num_classes, in_channels: as in `ResNet`.
+        skip: False chains the layers without concatenation.
+        options: of dense blocks (`BlockLayers`), stem, transitions and head (`Layers`).
+
+    Shape: (N, in_channels, H, W) -> (N, num_classes); likewise in 1D and 3D.
+
+    Raises:
+        ValueError: a size below 1, compression outside (0, 1], an option without meaning in a dense block.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        depths: Sequence[int] = (6, 12, 24, 16),
+        *,
+        stem: Stem = "imagenet",
+        stem_width: int | None = None,
+        bn_size: int | None = 4,
+        compression: float = 0.5,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        skip: bool = True,
+        **options: Unpack[NetOptions],
+    ) -> None:
+        check_stages(depths=depths)
+        check_positive(growth_rate=growth_rate)
+        if not 0 < compression <= 1:
+            raise ValueError(f"compression must be above 0 and at most 1, got {compression!r}")
+        of_layers = layer_options(options)
+        make = Layers(**of_layers)
+        channels = 2 * growth_rate if stem_width is None else stem_width
+        # The first norm of a dense layer follows the CIFAR stem at once, the ImageNet stem only after its pool.
+        stem_module, total = make_stem(make, stem, in_channels, channels, activated=stem != "cifar")
+        stages, stage_channels, stage_strides = [], [], []
+        for number, depth in enumerate(depths):
+            transition = None
+            if number > 0:
+                transition = Transition(channels, max(1, int(channels * compression)), **of_layers)
+                channels, total = transition.out_channels, total * 2
+            grown = channels + depth * growth_rate
+            block = DenseBlock(channels, grown, growth_rate=growth_rate, bn_size=bn_size, skip=skip, **options)
+            channels = block.out_channels
+            stages.append(named(transition=transition, block=block))
+            stage_channels.append(channels)
+            stage_strides.append(total)
+        super().__init__(
+            stem_module,
+            stages,
+            named(norm=make.norm(channels), act=make.activation()),
+            num_classes=num_classes,
+            stage_channels=stage_channels,
+            stage_strides=stage_strides,
+        )
+
+
+class BaselineCNN(Network):
+    """A traditional deep CNN: 3x3 convolutions with activations, max-pooling between stages, no skip (as in VGG).
+
+    Liu and Goh compare with such a net and do not publish its layers; these are ours: the convolutions of the plain
+    ResNet-18, one in the stem and four in each stage, without batch norm and with pools in place of strides.
+
+    Args:
+        depths: number of convolutions in each stage.
+        widths: channels that come out of each stage.
+        stem, stem_width, num_classes, in_channels: as in `ResNet`.
+        options: `Layers` documents them; `norm` is None by default, the traditional net.
+
+    Shape: (N, in_channels, H, W) -> (N, num_classes); likewise in 1D and 3D.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (4, 4, 4, 4),
+        widths: Sequence[int] = (64, 128, 256, 512),
+        *,
+        stem: Stem = "cifar",
+        stem_width: int = 64,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        **options: Unpack[LayerOptions],
+    ) -> None:
+        check_stages(depths=depths, widths=widths)
+        options.setdefault("norm", None)
+        make = Layers(**options)
+        stem_module, total = make_stem(make, stem, in_channels, stem_width, activated=True)
+        stages, channels = [], stem_width
+        for number, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+            layers: dict[str, nn.Module | None] = {"pool": make.build(max_pool, 2) if number > 0 else None}
+            for conv in range(1, depth + 1):
+                layers[f"conv{conv}"] = make.conv(channels, width, 3)
+                layers[f"norm{conv}"] = make.norm(width)
+                layers[f"act{conv}"] = make.activation()
+                channels = width
+            stages.append(named(**layers))
+        super().__init__(
+            stem_module,
+            stages,
+            nn.Identity(),
+            num_classes=num_classes,
+            stage_channels=widths,
+            stage_strides=[total * 2**number for number in range(len(depths))],
+        )
+
+
+class StagePlan(NamedTuple):
+    """How a stage reduces the resolution: the stride and dilation of its first block, the dilation of the others."""
+
+    stride: int
+    first_dilation: int
+    dilation: int
+    total: int
+
+
+def plan_stages(strides: Sequence[int], stem_stride: int, output_stride: int | None) -> list[StagePlan]:
+    """Turn strides into dilations from where the total stride would pass output_stride (as in torchvision)."""
+    if output_stride is not None and output_stride < stem_stride:
+        raise ValueError(f"output_stride must be at least the stride of the stem, {stem_stride}, got {output_stride}")
+    plans, total, dilation = [], stem_stride, 1
+    for stride in strides:
+        first = dilation
+        if output_stride is not None and total * stride > output_stride:
+            dilation, stride = dilation * stride, 1
+        total *= stride
+        plans.append(StagePlan(stride, first, dilation, total))
+    return plans
+
+
+def make_stem(make: Layers, stem: Stem, in_channels: int, width: int, *, activated: bool) -> tuple[nn.Module, int]:
+    """The stem and its total stride; without `activated` its last norm and activation are left to the first block."""
+    check_positive(in_channels=in_channels, stem_width=width)
+    if callable(stem):
+        module = make.build(stem, in_channels, width)
+        return module, int(getattr(module, "stride", 1))
+    if stem not in STEMS:
+        raise ValueError(f"stem must be one of {', '.join(STEMS)} or a callable, got {stem!r}")
+    last = {"norm": make.norm(width) if activated else None, "act": make.activation() if activated else None}
+    if stem == "cifar":
+        return named(conv=make.conv(in_channels, width, 3), **last), 1
+    pool = make.build(max_pool, 3, stride=2, padding=1)
+    if stem == "imagenet":
+        return named(conv=make.conv(in_channels, width, 7, 2), **last, pool=pool), 4
+    half = max(1, width // 2)
+    return named(
+        conv1=make.conv(in_channels, half, 3, 2),
+        norm1=make.norm(half),
+        act1=make.activation(),
+        conv2=make.conv(half, half, 3),
+        norm2=make.norm(half),
+        act2=make.activation(),
+        conv=make.conv(half, width, 3),
+        **last,
+        pool=pool,
+    ), 4
+
+
+def make_block(block: Block, in_channels: int, width: int, stride: int, options: dict[str, object]) -> nn.Module:
+    """Build one block by the protocol, refusing the options that it does not take."""
+    name = getattr(unwrap(block), "__name__", repr(block))
+    parameters = inspect.signature(block).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for option in options:
+            if option not in parameters:
+                raise ValueError(f"block {name} takes no option {option!r}, got {option}={options[option]!r}")
+    made = block(in_channels, width, stride, **options)
+    if not isinstance(getattr(made, "out_channels", None), int):
+        raise ValueError(f"block {name} must have an attribute out_channels, the channels that really come out")
+    return made
+
+
+def asked_options(options: NetOptions, *, skip: bool, dilation: int, drop_path: float) -> dict[str, object]:
+    """The options of one block, without those that say nothing, so that a block need not know them."""
+    asked: dict[str, object] = dict(options)
+    if not skip:
+        asked["skip"] = False
+    if dilation > 1:
+        asked["dilation"] = dilation
+    if drop_path > 0:
+        asked["drop_path"] = drop_path
+    return asked
+
+
+def layer_options(options: NetOptions) -> LayerOptions:
+    """The part of the options that stems, transitions and heads have too."""
+    return cast(LayerOptions, {name: value for name, value in options.items() if name in LayerOptions.__annotations__})
+
+
+def unwrap(block: Block) -> Block:
+    """The class or function inside a partial."""
+    while isinstance(block, partial):
+        block = block.func
+    return block
+
+
+def check_stages(**lists: Sequence[int]) -> None:
+    """Raise unless the lists have one length of at least 1 and hold integers of at least 1."""
+    lengths = {name: len(values) for name, values in lists.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        said = ", ".join(f"{length} {name}" for name, length in lengths.items())
+        raise ValueError(f"{' and '.join(lists)} must have one entry for each of at least one stage, got {said}")
+    for name, values in lists.items():
+        for stage, value in enumerate(values):
+            check_positive(**{f"{name}[{stage}]": value})

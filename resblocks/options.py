@@ -1,0 +1,268 @@
+"""The options of blocks and nets and the layers that they make: an option reaches every layer it names, or raises."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from difflib import get_close_matches
+
+import torch
+from torch import nn
+from typing_extensions import TypedDict
+
+from resblocks.init import init_layer
+from resblocks.layers import DropPath, Family, Layer, avg_pool, batch_norm, convolution, instance_norm, max_pool
+
+
+class LayerOptions(TypedDict, total=False):
+    """The keyword options of everything that has layers; `Layers` documents them."""
+
+    dims: int
+    conv: Layer | Family
+    norm: Layer | Family | None
+    activation: Layer
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class NetOptions(LayerOptions, total=False):
+    """The keyword options that a net hands to all its blocks alike; `BlockLayers` documents them."""
+
+    attention: Layer | Family | None
+    dropout: float
+    shortcut: str | Layer
+    downsample: Layer | Family | None
+    scale: Layer | None
+    zero_init: bool
+    merge: Layer | Family | None
+    checkpoint: bool
+
+
+class BlockOptions(NetOptions, total=False):
+    """The keyword options of a residual block; `BlockLayers` documents them."""
+
+    drop_path: float
+
+
+class ResidualParts(TypedDict):
+    """What `BlockLayers.parts` hands to `Residual`."""
+
+    scale: nn.Module | None
+    drop_path: nn.Module | None
+    merge: nn.Module | None
+    zero_init: bool
+    checkpoint: bool
+    skip: bool
+
+
+class Layers:
+    """Makes the layers of stems, heads and transitions.
+
+    Args:
+        dims: number of spatial dimensions of the data: 1, 2 or 3.
+        conv: class or callable with the arguments of `nn.Conv2d`, or a triple of them for 1D, 2D and 3D.
+        norm: class or callable of the channel count, or a triple of them for 1D, 2D and 3D; None leaves
+            normalisation out and gives the convolutions a bias.
+        activation: class or callable without arguments; out of place, so that hooks see what left each layer.
+        device, dtype: where and as what the parameters are made.
+
+    Raises:
+        TypeError: an option that does not exist.
+        ValueError: a value outside its range, an in-place activation, a layer for other dims.
+    """
+
+    def __init__(
+        self,
+        *,
+        dims: int = 2,
+        conv: Layer | Family = convolution,
+        norm: Layer | Family | None = batch_norm,
+        activation: Layer = nn.ReLU,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **unknown: object,
+    ) -> None:
+        refuse_unknown(unknown, LayerOptions)
+        if dims not in (1, 2, 3):
+            raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}")
+        self.dims = dims
+        self.has_norm = norm is not None
+        self._conv, self._norm, self._activation = conv, norm, activation
+        self._device, self._dtype = device, dtype
+
+    def build(self, layer: Layer | Family, *args: object, **kwargs: object) -> nn.Module:
+        """Make one layer of the right dims on the asked device and dtype, with its weights drawn."""
+        make = layer[self.dims - 1] if isinstance(layer, tuple) else layer
+        if not callable(make):
+            raise ValueError(f"a layer must be a class or callable that returns a torch.nn.Module, got {make!r}")
+        device = torch.get_default_device() if self._device is None else torch.device(self._device)
+        with device, _rng_kept(device):
+            module = make(*args, **kwargs)
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"a layer must be a class or callable that returns a torch.nn.Module, got {make!r}")
+        with device:
+            for child in module.modules():
+                _check_dims(child, self.dims)
+                init_layer(child)
+        return module.to(dtype=self._dtype)
+
+    def conv(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        *,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool | None = None,
+    ) -> nn.Module:
+        """Convolution that keeps the size at stride 1; biased only where the recipe has no norm, or as `bias` says."""
+        check_positive(
+            in_channels=in_channels, out_channels=out_channels, stride=stride, dilation=dilation, groups=groups
+        )
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd to keep the size of the map, got {kernel_size}")
+        for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
+            if channels % groups:
+                raise ValueError(
+                    f"groups must divide {name} of the convolution, got groups={groups}, {name}={channels}"
+                )
+        return self.build(
+            self._conv,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
+            groups=groups,
+            bias=not self.has_norm if bias is None else bias,
+        )
+
+    def norm(self, channels: int) -> nn.Module | None:
+        """Normalisation of so many channels, None where the recipe has none."""
+        return None if self._norm is None else self.build(self._norm, channels)
+
+    def activation(self) -> nn.Module:
+        """Activation function, refused if it works in place."""
+        module = self.build(self._activation)
+        if any(getattr(child, "inplace", False) for child in module.modules()):
+            raise ValueError(f"activation must work out of place (hooks would see overwritten values), got {module}")
+        return module
+
+
+class BlockLayers(Layers):
+    """Makes the layers of a residual block.
+
+    Args:
+        attention: class or callable of the channel count (SE, ECA, CBAM), last in the branch; None for none.
+        dropout: probability of dropping an element before the last convolution of the branch (Zagoruyko and
+            Komodakis 2016, fig. 1d); after it in a dense layer (Huang et al. 2017, sec. 3).
+        shortcut: "A", "B", "C", "D" or a callable of in_channels, out_channels and stride; see `resblocks.shortcuts`.
+        downsample: class or callable of channels and stride (`average_downsample`, `blur_downsample`) that reduces
+            the resolution in place of strided convolutions, in branch and shortcut; None for the strides.
+        drop_path: probability of dropping the branch of a sample (Huang et al. 2016); see `DropPath`.
+        scale: class or callable of the channel count applied to the branch (SkipInit, ReZero, LayerScale).
+        zero_init: the last norm of a branch (its last convolution where no norm follows) starts at zero, so that
+            the block starts as its shortcut (Goyal et al. 2017, sec. 5.1).
+        merge: class or callable of the channel count that joins shortcut and branch; None is `Add`.
+        checkpoint: recompute the activations of the block in backward instead of keeping them.
+        options: `Layers` documents them.
+
+    Raises: as `Layers`.
+    """
+
+    def __init__(
+        self,
+        *,
+        attention: Layer | Family | None = None,
+        dropout: float = 0.0,
+        shortcut: str | Layer = "B",
+        downsample: Layer | Family | None = None,
+        drop_path: float = 0.0,
+        scale: Layer | None = None,
+        zero_init: bool = False,
+        merge: Layer | Family | None = None,
+        checkpoint: bool = False,
+        **options: object,
+    ) -> None:
+        refuse_unknown(
+            {name: value for name, value in options.items() if name not in LayerOptions.__annotations__}, BlockOptions
+        )
+        super().__init__(**options)  # type: ignore[arg-type]
+        check_probability(dropout=dropout, drop_path=drop_path)
+        self.shortcut, self.downsample = shortcut, downsample
+        self._attention, self._dropout = attention, dropout
+        self._drop_path, self._scale, self._merge = drop_path, scale, merge
+        self._zero_init, self._checkpoint = zero_init, checkpoint
+
+    def dropout(self) -> nn.Module | None:
+        """Dropout, None where its probability is zero."""
+        return nn.Dropout(self._dropout) if self._dropout > 0 else None
+
+    def attention(self, channels: int) -> nn.Module | None:
+        """Attention over so many channels, None where the recipe has none."""
+        return None if self._attention is None else self.build(self._attention, channels)
+
+    def pool(self, channels: int, stride: int) -> nn.Module | None:
+        """What reduces the resolution, None where the stride of a convolution does."""
+        return None if self.downsample is None or stride == 1 else self.build(self.downsample, channels, stride)
+
+    def strided_conv(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, *, dilation: int = 1, groups: int = 1
+    ) -> nn.Module:
+        """The convolution that carries the block's stride, unless `pool` does."""
+        conv_stride = stride if self.downsample is None else 1
+        return self.conv(in_channels, out_channels, kernel_size, conv_stride, dilation=dilation, groups=groups)
+
+    def parts(self, channels: int, skip: bool) -> ResidualParts:
+        """What the options say of the way in which a branch with so many channels joins the shortcut."""
+        if not skip and self._merge is not None:
+            raise ValueError(f"merge must be None with skip=False, which leaves nothing to merge, got {self._merge!r}")
+        return {
+            "scale": None if self._scale is None else self.build(self._scale, channels),
+            "drop_path": DropPath(self._drop_path) if self._drop_path > 0 else None,
+            "merge": None if self._merge is None else self.build(self._merge, channels),
+            "zero_init": self._zero_init,
+            "checkpoint": self._checkpoint,
+            "skip": skip,
+        }
+
+
+def refuse_unknown(unknown: dict[str, object], known: type) -> None:
+    """Raise TypeError for an option that does not exist, with the nearest one that does."""
+    names = tuple(known.__annotations__)
+    for name in unknown:
+        close = get_close_matches(name, names, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise TypeError(f"unknown option {name!r}{hint}; the options are {', '.join(names)}")
+
+
+def check_positive(**arguments: int) -> None:
+    """Raise unless every argument is an integer of at least 1; the message names the argument."""
+    for name, value in arguments.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def check_probability(**arguments: float) -> None:
+    """Raise unless every argument is at least 0 and below 1; the message names the argument."""
+    for name, value in arguments.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
+
+
+def _rng_kept(device: torch.device) -> AbstractContextManager[None]:
+    # What a constructor draws does not count: init_layer draws again, in the order that init_weights repeats.
+    if device.type in ("cpu", "meta"):
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)
+
+
+def _check_dims(module: nn.Module, dims: int) -> None:
+    for family in (convolution, batch_norm, instance_norm, max_pool, avg_pool):
+        for made_for, layer in enumerate(family, start=1):
+            if made_for != dims and isinstance(layer, type) and isinstance(module, layer):
+                raise ValueError(
+                    f"layers must fit dims={dims}, got {type(module).__name__}, which is for dims={made_for}"
+                )

@@ -1,0 +1,222 @@
+"""The one idea of the library: `y = act(merge(shortcut(h), branch(h)))` with `h = preact(x)`, and its skip switch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from resblocks.init import init_weights, last_weight
+from resblocks.recompute import recompute
+
+Where = Callable[[str, "Residual"], bool]
+
+
+@torch.fx.wrap
+def add_same_shape(shortcut: Tensor, branch: Tensor) -> Tensor:
+    """Sum of two tensors of one shape; torch alone would broadcast size-1 dimensions without a word."""
+    if shortcut.shape != branch.shape:
+        raise ValueError(
+            f"shortcut and branch must have the same shape to be added, "
+            f"got shortcut {tuple(shortcut.shape)} and branch {tuple(branch.shape)}"
+        )
+    return shortcut + branch
+
+
+class Add(nn.Module):
+    """Sum of shortcut and branch (He et al. 2015, fig. 2), a module so that hooks and quantisation see it.
+
+    Shape: two tensors of one shape -> that shape.
+
+    Raises:
+        ValueError: in forward, when the shapes differ.
+    """
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        return add_same_shape(shortcut, branch)
+
+
+class Concat(nn.Module):
+    """Shortcut and branch side by side in the channel dimension (Huang et al. 2017, eq. 2).
+
+    Shape: (N, C1, ...), (N, C2, ...) -> (N, C1 + C2, ...).
+    """
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        return torch.cat([shortcut, branch], 1)
+
+
+class Residual(nn.Module):
+    """Any branch with a shortcut around it: `y = act(merge(shortcut(h), drop_path(scale(branch(h)))))`.
+
+    Here `h = preact(x)`. Every part is a named child, so hooks, lesions and diagnostics reach it; an absent part is `nn.Identity`.
+    With the skip off the block is `y = act(branch(h))`: the scale and the drop path belong to the merge, and
+    without a shortcut a zero scale or a dropped branch would leave nothing.
+
+    Args:
+        branch: F(x), the layers that learn; any module, another `Residual` included.
+        shortcut: what goes around the branch; None is the identity.
+        preact: what branch and shortcut both read (He et al. 2016, the first activation of a projecting unit).
+        merge: joins shortcut and branch, in this order; None is `Add`.
+        act: applied to the merged result (He et al. 2015).
+        scale: applied to the branch before the merge (SkipInit, ReZero, LayerScale).
+        drop_path: stochastic depth, applied to the scaled branch.
+        zero_init: start with the last weight of the branch at zero, so that the block starts as its shortcut.
+        checkpoint: keep only the input and recompute the rest in backward; see `resblocks.recompute`.
+        skip: False drops the shortcut for good and builds a plain block.
+
+    Shape: that of the parts; with the defaults the branch must keep the shape of its input.
+
+    Raises:
+        ValueError: `skip=False` together with a shortcut, scale, drop path or zero_init (such a block would be
+            dead for ever: it puts out zeros, and so its weights get no gradient).
+
+    Example:
+        >>> block = Residual(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
+        >>> block(torch.randn(2, 8)).shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        shortcut: nn.Module | None = None,
+        *,
+        preact: nn.Module | None = None,
+        merge: nn.Module | None = None,
+        act: nn.Module | None = None,
+        scale: nn.Module | None = None,
+        drop_path: nn.Module | None = None,
+        zero_init: bool = False,
+        checkpoint: bool = False,
+        skip: bool = True,
+    ) -> None:
+        super().__init__()
+        if zero_init and not skip:
+            raise ValueError("zero_init must be False with skip=False: a plain block that starts at zero never learns")
+        for name, part in {"shortcut": shortcut, "scale": scale, "drop_path": drop_path}.items():
+            if part is not None and not skip:
+                raise ValueError(f"{name} must be None with skip=False, which leaves nothing to merge, got {part}")
+        self.preact = identity_if_none(preact)
+        self.branch = branch
+        self.shortcut = identity_if_none(shortcut) if skip else None
+        self.scale = identity_if_none(scale)
+        self.drop_path = identity_if_none(drop_path)
+        self.merge = merge if merge is not None else Add()
+        self.act = identity_if_none(act)
+        self.zero_init = zero_init
+        self.checkpoint = checkpoint
+        self._skip = skip
+        self.start_branch()
+
+    def start_branch(self) -> None:
+        """Set what the branch starts with beyond the draw of its layers."""
+        if self.zero_init:
+            nn.init.zeros_(last_weight(self.branch))
+
+    def init_weights(self) -> None:
+        """Draw all weights anew, for instance after `device="meta"` and `to_empty`."""
+        init_weights(self)
+
+    @property
+    def skip(self) -> bool:
+        """Whether the shortcut is used; set it to switch at run time."""
+        return self._skip
+
+    @skip.setter
+    def skip(self, on: bool) -> None:
+        check_switch(self, on)
+        self._skip = on
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpoint and torch.is_grad_enabled():
+            return recompute(self, self.run, x)
+        return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The block itself, whether or not its activations are kept."""
+        h = self.preact(x)
+        y = self.branch(h)
+        if self._skip:
+            assert self.shortcut is not None  # the setter keeps it so
+            y = self.merge(self.shortcut(h), self.drop_path(self.scale(y)))
+        out: Tensor = self.act(y)
+        return out
+
+    def extra_repr(self) -> str:
+        return "" if self._skip else "skip=False"
+
+
+def identity_if_none(module: nn.Module | None) -> nn.Module:
+    """The module, or `nn.Identity` for None; never by truth value, since an empty `nn.Sequential` is falsy."""
+    return nn.Identity() if module is None else module
+
+
+def check_switch(block: Residual, on: bool, name: str = "") -> None:
+    """Raise if the block cannot be switched to `on`; the message gives the block's name in its net."""
+    if on == block.skip:
+        return
+    what = f"skip of {type(block).__name__}{f' {name!r}' if name else ''}"
+    if on and block.shortcut is None:
+        raise ValueError(f"{what} cannot be switched on: it was built with skip=False and has no shortcut")
+    if isinstance(block.merge, Concat):
+        raise ValueError(
+            f"{what} cannot be switched at run time: its concatenation fixes the widths at construction; "
+            f"build it with skip={on} instead"
+        )
+
+
+def residuals(net: nn.Module, where: Where | None = None) -> dict[str, Residual]:
+    """The residual blocks of a net by name, in order, nested ones included.
+
+    Args:
+        where: keeps the blocks for which `where(name, block)` is true; None keeps all.
+    """
+    found = {name: module for name, module in net.named_modules() if isinstance(module, Residual)}
+    return {name: block for name, block in found.items() if where is None or where(name, block)}
+
+
+def set_skip(net: nn.Module, on: bool, where: Where | None = None) -> list[str]:
+    """Switch the shortcuts of a net on or off and return the names of the blocks that now stand so.
+
+    All blocks are checked before the first is switched, so an error leaves the net as it was.
+
+    Args:
+        net: a net, or a single block.
+        on: True for residual, False for plain.
+        where: predicate `where(name, block)`; None takes every block.
+
+    Raises:
+        ValueError: the net holds no `Residual`, or a chosen block cannot be switched (built with `skip=False`,
+            or merged by concatenation).
+    """
+    if not residuals(net):
+        raise ValueError(f"net must hold at least one Residual to switch, got {type(net).__name__} without any")
+    chosen = residuals(net, where)
+    for name, block in chosen.items():
+        check_switch(block, on, name)
+    for block in chosen.values():
+        block.skip = on
+    return list(chosen)
+
+
+@contextmanager
+def skips_off(net: nn.Module, where: Where | None = None) -> Iterator[list[str]]:
+    """Switch shortcuts off for a while; every block is as before on leaving, on an error too.
+
+    Args: as `set_skip`.
+
+    Example:
+        >>> net = nn.Sequential(Residual(nn.Linear(8, 8)), Residual(nn.Linear(8, 8)))
+        >>> with skips_off(net, where=lambda name, block: name == "1"):
+        ...     [block.skip for block in net]
+        [True, False]
+    """
+    before = [(block, block.skip) for block in residuals(net, where).values()]
+    try:
+        yield set_skip(net, False, where)
+    finally:
+        for block, on in before:
+            block.skip = on

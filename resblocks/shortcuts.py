@@ -1,0 +1,96 @@
+"""What goes around a branch: identity; A zero-padding; B projection where the shape changes; C everywhere; D pooled."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from resblocks.layers import average_downsample, named
+from resblocks.options import BlockLayers, check_positive
+
+
+class ZeroPad(nn.Module):
+    """Option A (He et al. 2015, sec. 4.1): every stride-th position, new channels of zeros behind the old ones.
+
+    It has no parameters, and gradients flow through it. fb.resnet.torch pads in the same way.
+
+    Shape: (N, in_channels, L, ...) -> (N, out_channels, ceil(L / stride), ...).
+
+    Raises:
+        ValueError: fewer channels out than in.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        check_positive(in_channels=in_channels, out_channels=out_channels, stride=stride)
+        if out_channels < in_channels:
+            raise ValueError(
+                f"out_channels must not be below in_channels with shortcut A, which only adds channels of zeros, "
+                f"got in_channels={in_channels}, out_channels={out_channels}"
+            )
+        self.new_channels = out_channels - in_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        every = (slice(None),) * 2 + (slice(None, None, self.stride),) * (x.dim() - 2)
+        padding = (0, 0) * (x.dim() - 2) + (0, self.new_channels)
+        return nn.functional.pad(x[every], padding)
+
+    def extra_repr(self) -> str:
+        return f"new_channels={self.new_channels}, stride={self.stride}"
+
+
+def projection(make: BlockLayers, in_channels: int, out_channels: int, stride: int, normed: bool) -> nn.Module:
+    """1x1 convolution and norm (He et al. 2015, options B and C), strided as the block's `downsample` says."""
+    return named(
+        pool=make.pool(in_channels, stride),
+        conv=make.strided_conv(in_channels, out_channels, 1, stride),
+        norm=make.norm(out_channels) if normed else None,
+    )
+
+
+def pooled_projection(make: BlockLayers, in_channels: int, out_channels: int, stride: int, normed: bool) -> nn.Module:
+    """Average pool and 1x1 convolution, so that no position is lost (He et al. 2019, ResNet-D, fig. 2c)."""
+    return named(
+        pool=make.build(average_downsample, in_channels, stride) if stride > 1 else None,
+        conv=make.conv(in_channels, out_channels, 1),
+        norm=make.norm(out_channels) if normed else None,
+    )
+
+
+KINDS = ("A", "B", "C", "D", "identity")
+
+
+def make_shortcut(
+    make: BlockLayers, in_channels: int, out_channels: int, stride: int, *, normed: bool = True
+) -> nn.Module:
+    """The shortcut that the options ask for, checked against the change of shape.
+
+    Args:
+        make: the layers of the block.
+        in_channels, out_channels, stride: of the block.
+        normed: False leaves projections without norm: those of pre-activation blocks read a normalised map and end
+            in a plain sum (He et al. 2016, fig. 4e).
+
+    Raises:
+        ValueError: an unknown kind, or an identity where stride or channels change.
+    """
+    kind = make.shortcut
+    same = stride == 1 and in_channels == out_channels
+    if callable(kind):
+        shortcut = make.build(kind, in_channels, out_channels, stride)
+    elif kind not in KINDS:
+        raise ValueError(f"shortcut must be one of {', '.join(KINDS)} or a callable, got {kind!r}")
+    elif kind == "C" or (kind == "B" and not same):
+        shortcut = projection(make, in_channels, out_channels, stride, normed)
+    elif kind == "D" and not same:
+        shortcut = pooled_projection(make, in_channels, out_channels, stride, normed)
+    elif kind == "A" and not same:
+        shortcut = ZeroPad(in_channels, out_channels, stride)
+    else:
+        shortcut = nn.Identity()
+    if isinstance(shortcut, nn.Identity) and not same:
+        raise ValueError(
+            f"shortcut cannot be an identity where the shape changes, got in_channels={in_channels}, "
+            f"out_channels={out_channels}, stride={stride}"
+        )
+    return shortcut
