@@ -337,7 +337,7 @@ def check_growth(in_channels: int, out_channels: int, stride: int) -> int:
 
 def dense_layers(options: BlockOptions) -> BlockLayers:
     """The layers of a dense block, refusing the options that have no meaning where the merge is a concatenation."""
-    for name in ("attention", "shortcut", "downsample", "drop_path", "scale", "zero_init", "merge"):
+    for name in ("attention", "shortcut", "downsample", "drop_path", "scale", "merge"):
         if name in options:
             raise ValueError(f"{name} has no meaning in a dense block, which concatenates, got {options[name]!r}")
     return BlockLayers(**options)

@@ -25,21 +25,26 @@ def init_weights(module: nn.Module) -> None:
     """
     for layer in module.modules():
         init_layer(layer)
+    start_weights(module)
+
+
+def start_weights(module: nn.Module) -> None:
+    """Let each module that has a `start_weights` of its own set what it starts with beyond the draw."""
     for layer in module.modules():
-        start_branch = getattr(layer, "start_branch", None)
-        if callable(start_branch):
-            start_branch()
+        start = getattr(layer, "start_weights", None)
+        if callable(start):
+            start()
 
 
-def last_weight(branch: nn.Module) -> nn.Parameter:
-    """The weight that scales what leaves the branch: of its last norm, or of its last convolution if that comes later.
+def branch_weights(branch: nn.Module, kinds: tuple[str, ...]) -> list[nn.Parameter]:
+    """The weights of the direct children of a branch whose names start with one of the kinds, in order.
 
     Raises:
-        ValueError: no direct child of the branch named conv* or norm* has a weight.
+        ValueError: there are none.
     """
-    names = [name for name, layer in branch.named_children() if name.startswith(("conv", "norm"))]
+    names = [name for name, layer in branch.named_children() if name.startswith(kinds)]
     weights = [getattr(branch.get_submodule(name), "weight", None) for name in names]
     found = [weight for weight in weights if isinstance(weight, nn.Parameter)]
     if not found:
-        raise ValueError(f"zero_init needs a branch with a weight in its conv or norm layers, got {names}")
-    return found[-1]
+        raise ValueError(f"scale needs a branch with weights in its {' or '.join(kinds)} layers, got {names}")
+    return found

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from math import gcd, log2
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
+
+from resblocks.init import branch_weights
+from resblocks.residual import add_same_shape
 
 # einops looks at the tensor it is given, which torch.fx cannot trace: its calls stay whole in the graph.
 torch.fx.wrap("rearrange")
@@ -124,11 +128,38 @@ class FrozenBatchNorm(nn.Module):
         for buffer in (self.bias, self.running_mean, self.num_batches_tracked):
             nn.init.zeros_(buffer)
 
+    @classmethod
+    def from_norm(cls, norm: nn.modules.batchnorm._BatchNorm) -> FrozenBatchNorm:
+        """The frozen norm with the values of a batch norm; without statistics or affine those of an untrained one."""
+        frozen = cls(norm.num_features, norm.eps)
+        frozen.load_state_dict(norm.state_dict(), strict=False)
+        reference = next(chain(norm.parameters(), norm.buffers()), frozen.weight)
+        return frozen.to(device=reference.device, dtype=reference.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
+
+
+def freeze_norm(net: nn.Module) -> nn.Module:
+    """Replace every batch norm of the net by a `FrozenBatchNorm` of the same values, which `train()` does not wake.
+
+    Raises:
+        ValueError: the net has no batch norm.
+    """
+    found = [
+        (parent, name, child)
+        for parent in net.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.modules.batchnorm._BatchNorm)
+    ]
+    if not found:
+        raise ValueError(f"net must have a batch norm to freeze, got {type(net).__name__} without any")
+    for parent, name, norm in found:
+        setattr(parent, name, FrozenBatchNorm.from_norm(norm))
+    return net
 
 
 # --- attention
@@ -247,23 +278,38 @@ class DropPath(nn.Module):
         return f"p={self.p}"
 
 
+class ZeroInit(nn.Identity):
+    """The branch as it is, but its last norm starts at zero, so that the block starts as its shortcut.
+
+    From Goyal et al. 2017, sec. 5.1. In a pre-activation branch, or one without norm weights, it is the last
+    convolution: a norm at zero before an activation would pass no gradient.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def start_branch(self, branch: nn.Module) -> None:
+        """Set the last weight to zero."""
+        nn.init.zeros_(branch_weights(branch, ("conv", "norm"))[-1])
+
+
 class LayerScale(nn.Module):
     """A factor for each channel, small at the start (Touvron et al. 2021, eq. 4). Shape: (N, channels, ...) -> same.
 
     Args:
         channels: of the branch.
-        start: initial factor.
+        initial: factor at the start.
     """
 
-    def __init__(self, channels: int, start: float = 1e-5) -> None:
+    def __init__(self, channels: int, initial: float = 1e-5) -> None:
         super().__init__()
-        self.start = start
+        self.initial = initial
         self.weight = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set every factor to its start."""
-        nn.init.constant_(self.weight, self.start)
+        """Set every factor to `initial`."""
+        nn.init.constant_(self.weight, self.initial)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * over_positions(self.weight, x)
@@ -287,6 +333,83 @@ class SkipInit(nn.Module):
 
 class ReZero(SkipInit):
     """One factor for the whole branch, zero at the start (Bachlechner et al. 2021, eq. 1); SkipInit by another name."""
+
+
+class Fixup(nn.Module):
+    """One factor for the branch and a start that trains without norm (Zhang et al. 2019, "Fixup", sec. 3).
+
+    The last convolution of the branch starts at zero, and the other convolutions are drawn smaller by
+    num_blocks ** (-1 / (2 m - 2)) for m convolutions. `ResNet` sets num_blocks and starts its head at zero. Use it
+    with `norm=None`: the biases of the convolutions, one a channel, stand for the paper's scalar ones.
+
+    Shape: any -> same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.num_blocks = 1
+        self.weight = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start with the factor 1."""
+        nn.init.ones_(self.weight)
+
+    def start_branch(self, branch: nn.Module) -> None:
+        """Make the drawn weights smaller and the last convolution zero."""
+        *others, last = branch_weights(branch, ("conv",))
+        nn.init.zeros_(last)
+        with torch.no_grad():
+            for weight in others:
+                weight.mul_(self.num_blocks ** (-1 / (2 * len(others))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class WeightedAdd(nn.Module):
+    """Weighted sum of shortcut and branch, two learned weights that start at 1 (after Shen and Zeng 2016, eq. 3).
+
+    Shape: two tensors of one shape -> that shape.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.shortcut_weight = nn.Parameter(torch.empty(()))
+        self.branch_weight = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as the plain sum."""
+        nn.init.ones_(self.shortcut_weight)
+        nn.init.ones_(self.branch_weight)
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        return add_same_shape(self.shortcut_weight * shortcut, self.branch_weight * branch)
+
+
+class Gated(nn.Module):
+    """Highway merge: gate * branch + (1 - gate) * shortcut, the gate read off the shortcut (Srivastava et al. 2015, eq. 3).
+
+    Args:
+        channels: of shortcut and branch.
+        dims: number of spatial dimensions.
+        start: what the gate starts near, before its sigmoid; negative favours the shortcut, as the paper advises.
+
+    Shape: two tensors of one shape -> that shape.
+    """
+
+    def __init__(self, channels: int, dims: int = 2, start: float = -2.0) -> None:
+        super().__init__()
+        self.start = start
+        self.gate = convolution[dims - 1](channels, channels, 1)
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.gate(shortcut) + self.start)
+        return add_same_shape((1 - gate) * shortcut, gate * branch)
+
+
+gated: Family = (partial(Gated, dims=1), partial(Gated, dims=2), partial(Gated, dims=3))
 
 
 # --- resolution

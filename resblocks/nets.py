@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from resblocks.blocks import DenseBlock, Transition
-from resblocks.init import init_weights
-from resblocks.layers import GlobalAvgPool, max_pool, named
+from resblocks.init import init_weights, start_weights
+from resblocks.layers import Fixup, GlobalAvgPool, max_pool, named
 from resblocks.options import LayerOptions, Layers, NetOptions, check_positive, check_probability
 
 Block = Callable[..., nn.Module]
@@ -53,6 +53,7 @@ class Network(nn.Module):
         self.pool = GlobalAvgPool()
         self.head: nn.Module
         self.reset_head(num_classes)
+        start_weights(self)
 
     def reset_head(self, num_classes: int) -> None:
         """Replace the head by a new linear layer, or by nothing with num_classes=0, where and as what the net is.
@@ -68,6 +69,14 @@ class Network(nn.Module):
             nn.Linear(self.num_features, num_classes, device=here.device, dtype=here.dtype) if num_classes else None
         )
         self.head = nn.Identity() if linear is None else linear
+
+    def start_weights(self) -> None:
+        """Tell the Fixup blocks how many they are, and start the head at zero if there are any."""
+        fixups = [module for module in self.modules() if isinstance(module, Fixup)]
+        for fixup in fixups:
+            fixup.num_blocks = len(fixups)
+        if fixups and isinstance(self.head, nn.Linear):
+            nn.init.zeros_(self.head.weight)
 
     def init_weights(self) -> None:
         """Draw all weights anew, for instance after `device="meta"` and `to_empty`."""

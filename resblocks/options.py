@@ -32,7 +32,6 @@ class NetOptions(LayerOptions, total=False):
     shortcut: str | Layer
     downsample: Layer | Family | None
     scale: Layer | None
-    zero_init: bool
     merge: Layer | Family | None
     checkpoint: bool
 
@@ -49,7 +48,6 @@ class ResidualParts(TypedDict):
     scale: nn.Module | None
     drop_path: nn.Module | None
     merge: nn.Module | None
-    zero_init: bool
     checkpoint: bool
     skip: bool
 
@@ -162,9 +160,8 @@ class BlockLayers(Layers):
         downsample: class or callable of channels and stride (`average_downsample`, `blur_downsample`) that reduces
             the resolution in place of strided convolutions, in branch and shortcut; None for the strides.
         drop_path: probability of dropping the branch of a sample (Huang et al. 2016); see `DropPath`.
-        scale: class or callable of the channel count applied to the branch (SkipInit, ReZero, LayerScale).
-        zero_init: the last norm of a branch (its last convolution where no norm follows) starts at zero, so that
-            the block starts as its shortcut (Goyal et al. 2017, sec. 5.1).
+        scale: how the branch starts and is scaled: ZeroInit, SkipInit, ReZero, LayerScale, Fixup, or any class
+            or callable of the channel count.
         merge: class or callable of the channel count that joins shortcut and branch; None is `Add`.
         checkpoint: recompute the activations of the block in backward instead of keeping them.
         options: `Layers` documents them.
@@ -181,7 +178,6 @@ class BlockLayers(Layers):
         downsample: Layer | Family | None = None,
         drop_path: float = 0.0,
         scale: Layer | None = None,
-        zero_init: bool = False,
         merge: Layer | Family | None = None,
         checkpoint: bool = False,
         **options: object,
@@ -194,7 +190,7 @@ class BlockLayers(Layers):
         self.shortcut, self.downsample = shortcut, downsample
         self._attention, self._dropout = attention, dropout
         self._drop_path, self._scale, self._merge = drop_path, scale, merge
-        self._zero_init, self._checkpoint = zero_init, checkpoint
+        self._checkpoint = checkpoint
 
     def dropout(self) -> nn.Module | None:
         """Dropout, None where its probability is zero."""
@@ -223,7 +219,6 @@ class BlockLayers(Layers):
             "scale": None if self._scale is None else self.build(self._scale, channels),
             "drop_path": DropPath(self._drop_path) if self._drop_path > 0 else None,
             "merge": None if self._merge is None else self.build(self._merge, channels),
-            "zero_init": self._zero_init,
             "checkpoint": self._checkpoint,
             "skip": skip,
         }

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from resblocks.init import init_weights, last_weight
+from resblocks.init import init_weights
 from resblocks.recompute import recompute
 
 Where = Callable[[str, "Residual"], bool]
@@ -51,9 +51,9 @@ class Concat(nn.Module):
 class Residual(nn.Module):
     """Any branch with a shortcut around it: `y = act(merge(shortcut(h), drop_path(scale(branch(h)))))`.
 
-    Here `h = preact(x)`. Every part is a named child, so hooks, lesions and diagnostics reach it; an absent part is `nn.Identity`.
-    With the skip off the block is `y = act(branch(h))`: the scale and the drop path belong to the merge, and
-    without a shortcut a zero scale or a dropped branch would leave nothing.
+    Here `h = preact(x)`. Every part is a named child, so hooks, lesions and diagnostics reach it; an absent part is
+    `nn.Identity`. With the skip off the block is `y = act(branch(h))`: scale and drop path belong to the merge, and
+    without a shortcut a scale of zero or a dropped branch would leave nothing.
 
     Args:
         branch: F(x), the layers that learn; any module, another `Residual` included.
@@ -61,17 +61,17 @@ class Residual(nn.Module):
         preact: what branch and shortcut both read (He et al. 2016, the first activation of a projecting unit).
         merge: joins shortcut and branch, in this order; None is `Add`.
         act: applied to the merged result (He et al. 2015).
-        scale: applied to the branch before the merge (SkipInit, ReZero, LayerScale).
+        scale: applied to the branch before the merge (`ZeroInit`, `SkipInit`, `ReZero`, `LayerScale`, `Fixup`); one
+            with a method `start_branch(branch)` also sets what the branch starts with.
         drop_path: stochastic depth, applied to the scaled branch.
-        zero_init: start with the last weight of the branch at zero, so that the block starts as its shortcut.
         checkpoint: keep only the input and recompute the rest in backward; see `resblocks.recompute`.
         skip: False drops the shortcut for good and builds a plain block.
 
     Shape: that of the parts; with the defaults the branch must keep the shape of its input.
 
     Raises:
-        ValueError: `skip=False` together with a shortcut, scale, drop path or zero_init (such a block would be
-            dead for ever: it puts out zeros, and so its weights get no gradient).
+        ValueError: `skip=False` together with a shortcut, drop path or scale (a plain block that starts at zero
+            puts out zeros for ever, since its weights get no gradient).
 
     Example:
         >>> block = Residual(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
@@ -89,13 +89,10 @@ class Residual(nn.Module):
         act: nn.Module | None = None,
         scale: nn.Module | None = None,
         drop_path: nn.Module | None = None,
-        zero_init: bool = False,
         checkpoint: bool = False,
         skip: bool = True,
     ) -> None:
         super().__init__()
-        if zero_init and not skip:
-            raise ValueError("zero_init must be False with skip=False: a plain block that starts at zero never learns")
         for name, part in {"shortcut": shortcut, "scale": scale, "drop_path": drop_path}.items():
             if part is not None and not skip:
                 raise ValueError(f"{name} must be None with skip=False, which leaves nothing to merge, got {part}")
@@ -106,15 +103,15 @@ class Residual(nn.Module):
         self.drop_path = identity_if_none(drop_path)
         self.merge = merge if merge is not None else Add()
         self.act = identity_if_none(act)
-        self.zero_init = zero_init
         self.checkpoint = checkpoint
         self._skip = skip
-        self.start_branch()
+        self.start_weights()
 
-    def start_branch(self) -> None:
+    def start_weights(self) -> None:
         """Set what the branch starts with beyond the draw of its layers."""
-        if self.zero_init:
-            nn.init.zeros_(last_weight(self.branch))
+        start = getattr(self.scale, "start_branch", None)
+        if callable(start):
+            start(self.branch)
 
     def init_weights(self) -> None:
         """Draw all weights anew, for instance after `device="meta"` and `to_empty`."""
