@@ -296,8 +296,8 @@ class DenseLayer(Residual):
     ) -> None:
         growth_rate = check_growth(in_channels, out_channels, stride)
         make = dense_layers(options)
+        check_positive(bn_size=1 if bn_size is None else bn_size)
         width = in_channels if bn_size is None else bn_size * growth_rate
-        check_positive(width=width)
         reduction = (
             {}
             if bn_size is None
@@ -411,5 +411,6 @@ class Transition(nn.Sequential):
         self.norm = make.norm(in_channels)
         self.act = make.activation()
         self.conv = make.conv(in_channels, out_channels, 1)
+        check_positive(stride=stride)
         self.pool = make.build(avg_pool, stride)
         self.out_channels = out_channels

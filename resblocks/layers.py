@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from math import gcd, log2
+from typing import Any, cast
 
 import torch
 from einops import rearrange, reduce
@@ -56,7 +57,9 @@ class GlobalAvgPool(nn.Module):
 class _WeightStandardised(nn.modules.conv._ConvNd):
     """Convolution whose filters have zero mean and unit variance (Qiao et al. 2019, eq. 11)."""
 
-    eps = 1e-5
+    def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.eps = eps
 
     def standardised(self) -> Tensor:
         var, mean = torch.var_mean(self.weight, tuple(range(1, self.weight.dim())), correction=0, keepdim=True)
@@ -68,15 +71,15 @@ class _WeightStandardised(nn.modules.conv._ConvNd):
 
 
 class WSConv1d(_WeightStandardised, nn.Conv1d):
-    """Weight-standardised 1D convolution; arguments and shapes as `nn.Conv1d`."""
+    """Weight-standardised 1D convolution; `eps` is added to the variance, the rest is `nn.Conv1d`'s."""
 
 
 class WSConv2d(_WeightStandardised, nn.Conv2d):
-    """Weight-standardised 2D convolution; arguments and shapes as `nn.Conv2d`."""
+    """Weight-standardised 2D convolution; `eps` is added to the variance, the rest is `nn.Conv2d`'s."""
 
 
 class WSConv3d(_WeightStandardised, nn.Conv3d):
-    """Weight-standardised 3D convolution; arguments and shapes as `nn.Conv3d`."""
+    """Weight-standardised 3D convolution; `eps` is added to the variance, the rest is `nn.Conv3d`'s."""
 
 
 weight_standardised: Family = (WSConv1d, WSConv2d, WSConv3d)
@@ -389,7 +392,7 @@ class WeightedAdd(nn.Module):
 
 
 class Gated(nn.Module):
-    """Highway merge: gate * branch + (1 - gate) * shortcut, the gate read off the shortcut (Srivastava et al. 2015, eq. 3).
+    """Highway merge (Srivastava et al. 2015, eq. 3): gate * branch + (1 - gate) * shortcut; read off the shortcut.
 
     Args:
         channels: of shortcut and branch.
@@ -416,16 +419,20 @@ gated: Family = (partial(Gated, dims=1), partial(Gated, dims=2), partial(Gated, 
 
 
 class BlurPool(nn.Module):
-    """Binomial 1-2-1 filter, then every stride-th position (Zhang 2019, sec. 3.2); the border is repeated.
+    """Binomial 1-2-1 filter, then every stride-th position (Zhang 2019, sec. 3.2).
+
+    Args:
+        channels, stride, dims: of the map.
+        border: what lies beyond the map: "replicate", "reflect" or "constant", which is zero.
 
     Shape: (N, channels, L, ...) -> (N, channels, ceil(L / stride), ...).
     """
 
     kernel: Tensor
 
-    def __init__(self, channels: int, stride: int, dims: int = 2) -> None:
+    def __init__(self, channels: int, stride: int, dims: int = 2, border: str = "replicate") -> None:
         super().__init__()
-        self.channels, self.stride, self.dims = channels, stride, dims
+        self.channels, self.stride, self.dims, self.border = channels, stride, dims, border
         self.register_buffer("kernel", torch.empty((3,) * dims), persistent=False)
         self.reset_parameters()
 
@@ -440,12 +447,24 @@ class BlurPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.kernel.to(x.dtype).expand(self.channels, 1, *self.kernel.shape)
-        padded = nn.functional.pad(x, (1, 1) * self.dims, mode="replicate")
+        padded = nn.functional.pad(x, (1, 1) * self.dims, mode=self.border)
         conv = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self.dims - 1]
         return conv(padded, weight, stride=self.stride, groups=self.channels)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, stride={self.stride}"
+        return f"{self.channels}, stride={self.stride}, border={self.border}"
+
+
+@torch.fx.wrap
+def small_avg_pool3d(x: Tensor, window: int) -> Tensor:
+    """Average pool over windows that shrink to maps smaller than they are, as those of 1D and 2D do."""
+    size = [min(window, size) for size in x.shape[2:]]
+    return nn.functional.avg_pool3d(x, size, window, ceil_mode=True, count_include_pad=False)
+
+
+class _AvgPool3d(nn.AvgPool3d):
+    def forward(self, x: Tensor) -> Tensor:
+        return small_avg_pool3d(x, cast(int, self.kernel_size))
 
 
 def _average(pool: Layer, channels: int, stride: int) -> nn.Module:
@@ -453,8 +472,8 @@ def _average(pool: Layer, channels: int, stride: int) -> nn.Module:
 
 
 average_downsample: Family = (
-    partial(_average, avg_pool[0]),
-    partial(_average, avg_pool[1]),
-    partial(_average, avg_pool[2]),
+    partial(_average, nn.AvgPool1d),
+    partial(_average, nn.AvgPool2d),
+    partial(_average, _AvgPool3d),
 )
 blur_downsample: Family = (partial(BlurPool, dims=1), partial(BlurPool, dims=2), partial(BlurPool, dims=3))

@@ -12,12 +12,12 @@ from typing_extensions import Unpack
 
 from resblocks.blocks import DenseBlock, Transition
 from resblocks.init import init_weights, start_weights
-from resblocks.layers import Fixup, GlobalAvgPool, max_pool, named
+from resblocks.layers import Family, Fixup, GlobalAvgPool, Layer, max_pool, named
 from resblocks.options import LayerOptions, Layers, NetOptions, check_positive, check_probability
 
 Block = Callable[..., nn.Module]
 Stem = str | Callable[[int, int], nn.Module]
-STEMS = ("imagenet", "cifar", "deep")
+STEMS = ("imagenet", "cifar", "deep", "tiered")
 
 
 class Network(nn.Module):
@@ -139,8 +139,10 @@ class ResNet(Network):
         widths: channels that come out of each stage, 256, 512, 1024, 2048 for resnet50.
         strides: of the first block of each stage; None is 1, then 2 for each further stage.
         stem: "imagenet" (7x7 stride 2, max-pool), "cifar" (3x3), "deep" (three 3x3, max-pool: ResNet-C, He et al.
-            2019), or a callable of in_channels and stem_width, whose module may tell its total `stride`.
+            2019), "tiered" (deep with a narrower first 3x3: ResNet-T of timm), or a callable of in_channels and
+            stem_width, whose module may tell its total `stride`.
         stem_width: channels that come out of the stem.
+        stem_pool: class or callable of channels and stride in place of the stem's max-pool; None is the max-pool.
         num_classes: outputs of the head; 0 leaves the pooled features.
         in_channels: channels of the input.
         output_stride: largest total stride; further stages dilate their convolutions instead (Yu et al. 2017).
@@ -165,6 +167,7 @@ class ResNet(Network):
         strides: Sequence[int] | None = None,
         stem: Stem = "imagenet",
         stem_width: int = 64,
+        stem_pool: Layer | Family | None = None,
         num_classes: int = 1000,
         in_channels: int = 3,
         output_stride: int | None = None,
@@ -177,7 +180,7 @@ class ResNet(Network):
         check_probability(drop_path=drop_path)
         make = Layers(**layer_options(options))
         preactivated = getattr(unwrap(block), "preactivated", False)
-        stem_module, stem_stride = make_stem(make, stem, in_channels, stem_width, activated=not preactivated)
+        stem_module, stem_stride = make_stem(make, stem, in_channels, stem_width, stem_pool, activated=not preactivated)
         plans = plan_stages(strides, stem_stride, output_stride)
         drops = iter([drop_path * (number + 1) / sum(depths) for number in range(sum(depths))])
         stages, stage_channels, channels = [], [], stem_width
@@ -206,7 +209,7 @@ class DenseNet(Network):
     Args:
         growth_rate: channels that each layer adds, k of the paper.
         depths: number of layers in each dense block.
-        stem: as in `ResNet`.
+        stem, stem_pool: as in `ResNet`.
         stem_width: channels that come out of the stem; None is 2 * growth_rate.
         bn_size: width of the 1x1 convolutions in growth rates; None leaves them out (no "-B").
         compression: part of the channels that a transition keeps, theta of the paper; 1 keeps all (no "-C").
@@ -227,6 +230,7 @@ class DenseNet(Network):
         *,
         stem: Stem = "imagenet",
         stem_width: int | None = None,
+        stem_pool: Layer | Family | None = None,
         bn_size: int | None = 4,
         compression: float = 0.5,
         num_classes: int = 1000,
@@ -242,7 +246,7 @@ class DenseNet(Network):
         make = Layers(**of_layers)
         channels = 2 * growth_rate if stem_width is None else stem_width
         # The first norm of a dense layer follows the CIFAR stem at once, the ImageNet stem only after its pool.
-        stem_module, total = make_stem(make, stem, in_channels, channels, activated=stem != "cifar")
+        stem_module, total = make_stem(make, stem, in_channels, channels, stem_pool, activated=stem != "cifar")
         stages, stage_channels, stage_strides = [], [], []
         for number, depth in enumerate(depths):
             transition = None
@@ -294,7 +298,7 @@ class BaselineCNN(Network):
         check_stages(depths=depths, widths=widths)
         options.setdefault("norm", None)
         make = Layers(**options)
-        stem_module, total = make_stem(make, stem, in_channels, stem_width, activated=True)
+        stem_module, total = make_stem(make, stem, in_channels, stem_width, None, activated=True)
         stages, channels = [], stem_width
         for number, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             layers: dict[str, nn.Module | None] = {"pool": make.build(max_pool, 2) if number > 0 else None}
@@ -337,31 +341,37 @@ def plan_stages(strides: Sequence[int], stem_stride: int, output_stride: int | N
     return plans
 
 
-def make_stem(make: Layers, stem: Stem, in_channels: int, width: int, *, activated: bool) -> tuple[nn.Module, int]:
+def make_stem(
+    make: Layers, stem: Stem, in_channels: int, width: int, pool: Layer | Family | None, *, activated: bool
+) -> tuple[nn.Module, int]:
     """The stem and its total stride; without `activated` its last norm and activation are left to the first block."""
     check_positive(in_channels=in_channels, stem_width=width)
+    if pool is not None and (callable(stem) or stem == "cifar"):
+        raise ValueError(f"stem_pool must be None unless the stem has a pool to replace, got stem={stem!r}")
     if callable(stem):
-        module = make.build(stem, in_channels, width)
-        return module, int(getattr(module, "stride", 1))
+        module = make.build(stem, in_channels, width, option="stem")
+        stride = getattr(module, "stride", 1)
+        return module, stride[0] if isinstance(stride, tuple) else stride
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(STEMS)} or a callable, got {stem!r}")
     last = {"norm": make.norm(width) if activated else None, "act": make.activation() if activated else None}
     if stem == "cifar":
         return named(conv=make.conv(in_channels, width, 3), **last), 1
-    pool = make.build(max_pool, 3, stride=2, padding=1)
+    pooled = make.build(max_pool, 3, stride=2, padding=1) if pool is None else make.build(pool, width, 2)
     if stem == "imagenet":
-        return named(conv=make.conv(in_channels, width, 7, 2), **last, pool=pool), 4
+        return named(conv=make.conv(in_channels, width, 7, 2), **last, pool=pooled), 4
     half = max(1, width // 2)
+    first = half if stem == "deep" else max(1, half * 3 // 4)
     return named(
-        conv1=make.conv(in_channels, half, 3, 2),
-        norm1=make.norm(half),
+        conv1=make.conv(in_channels, first, 3, 2),
+        norm1=make.norm(first),
         act1=make.activation(),
-        conv2=make.conv(half, half, 3),
+        conv2=make.conv(first, half, 3),
         norm2=make.norm(half),
         act2=make.activation(),
         conv=make.conv(half, width, 3),
         **last,
-        pool=pool,
+        pool=pooled,
     ), 4
 
 

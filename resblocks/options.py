@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
+from typing import cast
 
 import torch
 from torch import nn
@@ -87,19 +88,28 @@ class Layers:
         self._conv, self._norm, self._activation = conv, norm, activation
         self._device, self._dtype = device, dtype
 
-    def build(self, layer: Layer | Family, *args: object, **kwargs: object) -> nn.Module:
-        """Make one layer of the right dims on the asked device and dtype, with its weights drawn."""
+    def build(self, layer: Layer | Family, *args: object, option: str = "layer", **kwargs: object) -> nn.Module:
+        """Make one layer of the right dims on the asked device and dtype, with its weights drawn.
+
+        Args:
+            layer: what makes it, or a triple for 1D, 2D and 3D.
+            args, kwargs: handed to it.
+            option: the name under which the user gave it, for errors.
+        """
         make = layer[self.dims - 1] if isinstance(layer, tuple) else layer
         if not callable(make):
-            raise ValueError(f"a layer must be a class or callable that returns a torch.nn.Module, got {make!r}")
+            raise ValueError(f"{option} must be a class or callable that returns a torch.nn.Module, got {make!r}")
         device = torch.get_default_device() if self._device is None else torch.device(self._device)
         with device, _rng_kept(device):
-            module = make(*args, **kwargs)
+            try:
+                module = make(*args, **kwargs)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{option} {make!r} refused the arguments {args}: {error}") from error
         if not isinstance(module, nn.Module):
-            raise ValueError(f"a layer must be a class or callable that returns a torch.nn.Module, got {make!r}")
+            raise ValueError(f"{option} must return a torch.nn.Module, got {module!r} from {make!r}")
         with device:
             for child in module.modules():
-                _check_dims(child, self.dims)
+                _check_dims(child, self.dims, option)
                 init_layer(child)
         return module.to(dtype=self._dtype)
 
@@ -130,6 +140,7 @@ class Layers:
             in_channels,
             out_channels,
             kernel_size,
+            option="conv",
             stride=stride,
             padding=dilation * (kernel_size // 2),
             dilation=dilation,
@@ -139,11 +150,11 @@ class Layers:
 
     def norm(self, channels: int) -> nn.Module | None:
         """Normalisation of so many channels, None where the recipe has none."""
-        return None if self._norm is None else self.build(self._norm, channels)
+        return None if self._norm is None else self.build(self._norm, channels, option="norm")
 
     def activation(self) -> nn.Module:
         """Activation function, refused if it works in place."""
-        module = self.build(self._activation)
+        module = self.build(self._activation, option="activation")
         if any(getattr(child, "inplace", False) for child in module.modules()):
             raise ValueError(f"activation must work out of place (hooks would see overwritten values), got {module}")
         return module
@@ -198,11 +209,15 @@ class BlockLayers(Layers):
 
     def attention(self, channels: int) -> nn.Module | None:
         """Attention over so many channels, None where the recipe has none."""
-        return None if self._attention is None else self.build(self._attention, channels)
+        return None if self._attention is None else self.build(self._attention, channels, option="attention")
 
     def pool(self, channels: int, stride: int) -> nn.Module | None:
         """What reduces the resolution, None where the stride of a convolution does."""
-        return None if self.downsample is None or stride == 1 else self.build(self.downsample, channels, stride)
+        return (
+            None
+            if self.downsample is None or stride == 1
+            else self.build(self.downsample, channels, stride, option="downsample")
+        )
 
     def strided_conv(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int, *, dilation: int = 1, groups: int = 1
@@ -216,9 +231,9 @@ class BlockLayers(Layers):
         if not skip and self._merge is not None:
             raise ValueError(f"merge must be None with skip=False, which leaves nothing to merge, got {self._merge!r}")
         return {
-            "scale": None if self._scale is None else self.build(self._scale, channels),
+            "scale": None if self._scale is None else self.build(self._scale, channels, option="scale"),
             "drop_path": DropPath(self._drop_path) if self._drop_path > 0 else None,
-            "merge": None if self._merge is None else self.build(self._merge, channels),
+            "merge": None if self._merge is None else self.build(self._merge, channels, option="merge"),
             "checkpoint": self._checkpoint,
             "skip": skip,
         }
@@ -254,10 +269,9 @@ def _rng_kept(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)
 
 
-def _check_dims(module: nn.Module, dims: int) -> None:
+def _check_dims(module: nn.Module, dims: int, option: str) -> None:
+    made_for = getattr(module, "dims", dims)
     for family in (convolution, batch_norm, instance_norm, max_pool, avg_pool):
-        for made_for, layer in enumerate(family, start=1):
-            if made_for != dims and isinstance(layer, type) and isinstance(module, layer):
-                raise ValueError(
-                    f"layers must fit dims={dims}, got {type(module).__name__}, which is for dims={made_for}"
-                )
+        made_for = next((n for n, kind in enumerate(family, 1) if isinstance(module, cast(type, kind))), made_for)
+    if made_for != dims:
+        raise ValueError(f"{option} must fit dims={dims}, got {type(module).__name__}, which is for dims={made_for}")

@@ -77,7 +77,7 @@ def make_shortcut(
     kind = make.shortcut
     same = stride == 1 and in_channels == out_channels
     if callable(kind):
-        shortcut = make.build(kind, in_channels, out_channels, stride)
+        shortcut = make.build(kind, in_channels, out_channels, stride, option="shortcut")
     elif kind not in KINDS:
         raise ValueError(f"shortcut must be one of {', '.join(KINDS)} or a callable, got {kind!r}")
     elif kind == "C" or (kind == "B" and not same):

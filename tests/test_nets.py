@@ -1,0 +1,261 @@
+"""The networks: torchvision's logits, any number of stages, any block, stems, heads, features and refusals."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import resblocks as rb
+from resblocks import BaselineCNN, BasicBlock, Bottleneck, DenseNet, PreActBasicBlock, ResNet, create_model, list_models
+from tests.blocks import count, image, trains_every_parameter
+
+TORCHVISION = [
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
+    *("densenet121", "densenet161", "densenet169", "densenet201"),
+]
+
+
+def small(block=BasicBlock, **options):
+    return ResNet(block, (1, 1), (8, 16), **{"stem": "cifar", "stem_width": 8, "num_classes": 3, **options})
+
+
+def copy_by_order(ours, theirs):
+    """Copy the weights layer by layer: both register their layers in the order of the figure, shortcuts last."""
+    mine, other = [
+        [layer for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
+        for net in (ours, theirs)
+    ]
+    for to, source in zip(mine, other, strict=True):
+        to.load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_logits_equal_torchvision_with_its_weights(name):
+    theirs = getattr(torchvision.models, name)(num_classes=7).eval()
+    ours = create_model(name, num_classes=7).eval()
+    for layer in theirs.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.5, 1.5)
+    copy_by_order(ours, theirs)
+    x = image(3, 40, batch=2)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck, PreActBasicBlock, partial(rb.DenseBlock, growth_rate=4)])
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+def test_resnet_takes_any_number_of_stages(block, stages):
+    widths = [16 * 2**stage for stage in range(stages)]
+    strides = [1] * stages if isinstance(block, partial) else None
+    net = ResNet(block, [1] * stages, widths, strides=strides, stem="cifar", stem_width=8, num_classes=3)
+    y = trains_every_parameter(net, image(3, 16))
+    assert y.shape == (3, 3)
+    assert net.stage_channels == tuple(widths)
+
+
+def test_resnet_takes_a_foreign_block_of_three_arguments():
+    class Tiny(nn.Module):
+        def __init__(self, in_channels, out_channels, stride):
+            super().__init__()
+            self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, 1)
+            self.out_channels = out_channels
+
+        def forward(self, x):
+            return self.conv(x).relu()
+
+    assert trains_every_parameter(small(Tiny), image(3)).shape == (3, 3)
+    with pytest.raises(ValueError, match="block Tiny takes no option 'norm', got norm=None"):
+        small(Tiny, norm=None)
+    with pytest.raises(ValueError, match="block Tiny takes no option 'skip', got skip=False"):
+        small(Tiny, skip=False)
+
+
+def test_block_without_out_channels_raises():
+    with pytest.raises(ValueError, match="block <lambda> must have an attribute out_channels"):
+        small(lambda i, o, s: nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("stem", "size", "kinds"),
+    [
+        ("imagenet", 4, ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"]),
+        ("cifar", 16, ["Conv2d", "BatchNorm2d", "ReLU"]),
+        ("deep", 4, ["Conv2d", "BatchNorm2d", "ReLU"] * 3 + ["MaxPool2d"]),
+    ],
+)
+def test_stem_is_built_of_its_layers(stem, size, kinds):
+    net = small(stem=stem)
+    assert [type(layer).__name__ for layer in net.stem] == kinds
+    assert net.stem(image(3, 16)).shape == (3, 8, size, size)
+    assert net.stage_strides == (16 // size, 2 * 16 // size)
+
+
+def test_stem_takes_a_callable():
+    net = small(stem=partial(nn.Conv2d, kernel_size=4, stride=4))
+    assert net.stage_strides == (4, 8)
+    assert net(image(3, 16)).shape == (3, 3)
+
+
+def test_preactivated_net_normalises_before_its_head_and_not_in_its_stem():
+    net = small(PreActBasicBlock)
+    assert [type(layer).__name__ for layer in net.stem] == ["Conv2d"]
+    assert [type(layer).__name__ for layer in net.final] == ["BatchNorm2d", "ReLU"]
+    assert isinstance(small().final, nn.Identity)
+
+
+def test_head_can_be_replaced_or_left_out():
+    net = small(dtype=torch.float64)
+    x = image(3, dtype=torch.float64)
+    net.reset_head(5)
+    assert net(x).shape == (3, 5)
+    assert net.head.weight.dtype == torch.float64
+    net.reset_head(0)
+    torch.testing.assert_close(net.eval()(x), net.forward_features(x).mean((2, 3)))
+    assert small(num_classes=0)(image(3)).shape == (3, 16)
+    with pytest.raises(ValueError, match="num_classes must be at least 0, got -1"):
+        net.reset_head(-1)
+
+
+def test_forward_is_features_then_head():
+    net, x = small().eval(), image(3)
+    torch.testing.assert_close(net(x), net.forward_head(net.forward_features(x)))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18", "resnet20"])
+@pytest.mark.parametrize("size", [1, 7, 32, 33])
+def test_features_have_the_channels_and_strides_that_the_net_tells(name, size):
+    net = create_model(name).eval()
+    maps = net.features(image(3, size, batch=1))
+    for channels, stride, features in zip(net.stage_channels, net.stage_strides, maps, strict=True):
+        assert features.shape == (1, channels, *[-(-size // stride)] * 2)
+
+
+def test_features_picks_stages_in_the_order_asked_for():
+    net, x = small().eval(), image(3)
+    first, last = net.features(x)
+    torch.testing.assert_close(net.features(x, stages=(1, 0)), [last, first])
+    torch.testing.assert_close(net.forward_features(x), last)
+    with pytest.raises(ValueError, match="stages must be from 0 to 1, got 2"):
+        net.features(x, stages=(2,))
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck, PreActBasicBlock])
+@pytest.mark.parametrize(
+    ("output_stride", "strides"), [(None, (4, 8, 16, 32)), (16, (4, 8, 16, 16)), (8, (4, 8, 8, 8))]
+)
+def test_output_stride_dilates_instead(block, output_stride, strides):
+    widths = (8, 16, 32, 64)
+    net = ResNet(block, (1, 2, 2, 2), widths, stem_width=8, num_classes=2, output_stride=output_stride).eval()
+    assert net.stage_strides == strides
+    assert [maps.shape[-1] for maps in net.features(image(3, 64, batch=1))] == [64 // stride for stride in strides]
+
+
+def test_output_stride_has_the_dilations_of_torchvision():
+    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])
+    ours = create_model("resnet50", output_stride=8)
+    mine, other = [
+        [layer.dilation for layer in net.modules() if isinstance(layer, nn.Conv2d)] for net in (ours, theirs)
+    ]
+    assert mine == other
+
+
+def test_drop_path_grows_linearly_over_the_blocks():
+    net = ResNet(BasicBlock, (2, 2), (8, 16), drop_path=0.4, stem="cifar", stem_width=8)
+    assert [block.drop_path.p for block in rb.residuals(net).values()] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    one = ResNet(BasicBlock, (1,), (8,), drop_path=0.4, stem="cifar", stem_width=8)
+    assert one.stages[0][0].drop_path.p == 0.4
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "preact_resnet50", "wrn_16_4", "baseline_cnn"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_named_net_works_in_every_dims_and_in_channels(name, dims):
+    options = {"dims": dims, "in_channels": 2, "num_classes": 3}
+    net = create_model(name, **options).eval()
+    assert net(image(2, 33 if "densenet" in name else 9, dims, batch=1)).shape == (1, 3)
+    assert count(net, (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]) > 10
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18", "densenet_bc_100_12", "baseline_cnn"])
+def test_net_from_meta_equals_net_built_under_the_same_seed(name):
+    torch.manual_seed(1)
+    built = create_model(name).state_dict()
+    net = create_model(name, device="meta").to_empty(device="cpu")
+    torch.manual_seed(1)
+    net.init_weights()
+    assert all(torch.equal(value, built[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "net", [small(), small(skip=False), DenseNet(4, (2, 2), num_classes=2), BaselineCNN(norm=nn.BatchNorm2d)]
+)
+def test_net_survives_copies(net):
+    net, x = net.eval(), image(3, 32)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        torch.testing.assert_close(other(x), net(x), rtol=0, atol=0)
+
+
+def test_densenet_without_skip_runs():
+    net = DenseNet(8, (2, 2), stem="cifar", num_classes=3, skip=False)
+    assert net.stage_channels == (8, 8)
+    trains_every_parameter(net, image(3, 8))
+
+
+def test_baseline_has_the_convolutions_of_the_plain_resnet18_without_norm():
+    baseline, plain = create_model("baseline_cnn"), create_model("resnet18", stem="cifar", num_classes=10, skip=False)
+    shapes = [[m.weight.shape for m in net.modules() if isinstance(m, nn.Conv2d)] for net in (baseline, plain)]
+    assert shapes[0] == shapes[1]
+    assert count(baseline, nn.BatchNorm2d) == 0
+    assert count(create_model("baseline_cnn", norm=nn.BatchNorm2d), nn.BatchNorm2d) == 17
+    trains_every_parameter(baseline, image(3, 8))
+
+
+def test_fixup_knows_the_number_of_blocks_and_starts_its_head_at_zero():
+    net = ResNet(BasicBlock, (2, 2), (8, 16), stem="cifar", stem_width=8, norm=None, scale=rb.Fixup)
+    torch.manual_seed(0)
+    net.init_weights()
+    torch.manual_seed(0)
+    plain = ResNet(BasicBlock, (2, 2), (8, 16), stem="cifar", stem_width=8, norm=None, scale=rb.LayerScale)
+    block, reference = net.stages[0][0].branch, plain.stages[0][0].branch
+    torch.testing.assert_close(block.conv1.weight, reference.conv1.weight * 4**-0.5)
+    assert not block.conv2.weight.any()
+    assert not net.head.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: ResNet(BasicBlock, (), ()), "depths and widths and strides must have one entry for each"),
+        (lambda: ResNet(BasicBlock, (1, 1), (8,)), "got 2 depths, 1 widths, 2 strides"),
+        (lambda: ResNet(BasicBlock, (1, 0), (8, 8)), r"depths\[1\] must be an integer of at least 1, got 0"),
+        (lambda: small(stem="vgg"), "stem must be one of imagenet, cifar, deep, tiered or a callable, got 'vgg'"),
+        (lambda: small(drop_path=1.0), "drop_path must be at least 0 and below 1, got 1.0"),
+        (lambda: small(drop_path=0.1, skip=False), "drop_path must be None with skip=False"),
+        (lambda: small(stem="imagenet", output_stride=2), "output_stride must be at least the stride of the stem, 4"),
+        (lambda: small(in_channels=0), "in_channels must be an integer of at least 1, got 0"),
+        (lambda: small(num_classes=-1), "num_classes must be at least 0, got -1"),
+        (lambda: DenseNet(compression=0), r"compression must be above 0 and at most 1, got 0"),
+        (lambda: DenseNet(growth_rate=0), "growth_rate must be an integer of at least 1, got 0"),
+        (lambda: BaselineCNN((1,), (8, 8)), "got 1 depths, 2 widths"),
+    ],
+)  # fmt: skip
+def test_bad_net_raises(build, text):
+    with pytest.raises(ValueError, match=text):
+        build()
+
+
+def test_unknown_option_of_a_net_raises():
+    with pytest.raises(TypeError, match=r"unknown option 'activaton' \(did you mean 'activation'\?\)"):
+        small(activaton=nn.ReLU)
+
+
+@pytest.mark.parametrize("name", [name for name in list_models("resnet*") if name != "resnet1202"])
+def test_every_residual_net_is_built_plain_too(name):
+    plain = create_model(name, skip=False, device="meta")
+    assert not any("shortcut" in key for key in plain.state_dict())
+    assert not any(block.skip for block in rb.residuals(plain).values())

@@ -1,0 +1,176 @@
+"""The residual sentence, its merges and the skip switch."""
+
+import pytest
+import torch
+from torch import nn
+
+import resblocks as rb
+from resblocks import Add, BasicBlock, Concat, DenseNet, DropPath, Residual, ResNet, SkipInit, set_skip, skips_off
+from tests.blocks import image
+
+
+def plain_net(**options):
+    return ResNet(BasicBlock, (1, 2), (8, 16), stem="cifar", stem_width=8, num_classes=3, **options)
+
+
+def test_residual_is_act_of_merge_of_shortcut_and_branch():
+    preact, branch, shortcut, act = nn.Tanh(), nn.Linear(4, 6), nn.Linear(4, 6), nn.ReLU()
+    block = Residual(branch, shortcut, preact=preact, act=act)
+    x = torch.randn(3, 4)
+    h = preact(x)
+    torch.testing.assert_close(block(x), act(shortcut(h) + branch(h)), rtol=0, atol=0)
+    block.skip = False
+    torch.testing.assert_close(block(x), act(branch(h)), rtol=0, atol=0)
+
+
+def test_residual_scales_and_drops_the_branch_before_the_merge():
+    block = Residual(nn.Linear(4, 4), scale=SkipInit(4), drop_path=DropPath(0.5))
+    x = torch.randn(64, 4)
+    assert torch.equal(block(x), x)  # the scale starts at zero
+    nn.init.constant_(block.scale.weight, 3.0)
+    change = block(x) - x
+    dropped = (change == 0).all(1)
+    assert 0 < dropped.sum() < 64
+    torch.testing.assert_close(change[~dropped], (2 * 3 * block.branch(x))[~dropped])
+
+
+@pytest.mark.parametrize(
+    ("branch", "x"),
+    [
+        (nn.Linear(8, 8), torch.randn(2, 8)),
+        (nn.Conv1d(8, 8, 3, padding=1), torch.randn(2, 8, 7)),
+        (nn.Conv3d(8, 8, 3, padding=1), torch.randn(2, 8, 3, 3, 3)),
+        (Residual(Residual(nn.Linear(8, 8))), torch.randn(2, 8)),
+        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 5, 8)),
+    ],
+    ids=["linear", "conv1d", "conv3d", "nested", "attention"],
+)
+def test_residual_takes_any_branch(branch, x):
+    block = Residual(branch)
+    torch.manual_seed(0)
+    y = block(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(y, x + branch(x))
+
+
+def test_children_are_named_parts():
+    block = BasicBlock(8, 16, 2)
+    assert [name for name, _ in block.named_children()] == [
+        "preact", "branch", "shortcut", "scale", "drop_path", "merge", "act",
+    ]  # fmt: skip
+    assert list(dict(block.branch.named_children())) == ["conv1", "norm1", "act1", "conv2", "norm2"]
+    assert isinstance(block.merge, Add)
+
+
+def test_add_refuses_shapes_that_would_broadcast():
+    with pytest.raises(
+        ValueError, match=r"same shape to be added, got shortcut \(2, 4, 8, 8\) and branch \(2, 4, 1, 1\)"
+    ):
+        Add()(torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 1, 1))
+
+
+def test_concat_joins_channels():
+    assert Concat()(torch.zeros(2, 3, 5), torch.zeros(2, 4, 5)).shape == (2, 7, 5)
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ({"shortcut": nn.Identity()}, "shortcut must be None with skip=False"),
+        ({"scale": SkipInit(4)}, "scale must be None with skip=False"),
+        ({"drop_path": DropPath(0.1)}, "drop_path must be None with skip=False"),
+    ],
+)
+def test_plain_block_refuses_the_parts_of_a_merge(part, text):
+    with pytest.raises(ValueError, match=text):
+        Residual(nn.Linear(4, 4), skip=False, **part)
+
+
+@pytest.mark.parametrize("scale", [rb.ZeroInit, rb.SkipInit, rb.ReZero, rb.LayerScale, rb.Fixup])
+def test_plain_block_is_never_started_at_zero(scale):
+    with pytest.raises(ValueError, match="scale must be None with skip=False"):
+        BasicBlock(8, 8, skip=False, scale=scale)
+
+
+def test_empty_sequential_is_kept_as_a_part():
+    empty = nn.Sequential()
+    assert Residual(nn.Linear(4, 4), preact=empty).preact is empty
+
+
+def test_set_skip_equals_the_net_built_plain():
+    net, plain = plain_net(), plain_net(skip=False)
+    plain.load_state_dict(net.state_dict(), strict=False)
+    x = image(3)
+    assert set_skip(net, False) == ["stages.0.0", "stages.1.0", "stages.1.1"]
+    torch.testing.assert_close(net.eval()(x), plain.eval()(x), rtol=0, atol=0)
+
+
+def test_set_skip_takes_a_predicate():
+    net = plain_net()
+    switched = set_skip(net, False, where=lambda name, block: name.startswith("stages.1"))
+    assert switched == ["stages.1.0", "stages.1.1"]
+    assert [block.skip for block in rb.residuals(net).values()] == [True, False, False]
+
+
+def test_skips_off_restores_on_exit_and_on_error():
+    net = plain_net()
+    net.stages[1][0].skip = False
+    before = [block.skip for block in rb.residuals(net).values()]
+    with skips_off(net) as names:
+        assert len(names) == 3
+        assert not any(block.skip for block in rb.residuals(net).values())
+    assert [block.skip for block in rb.residuals(net).values()] == before
+    with pytest.raises(RuntimeError, match="boom"), skips_off(net):
+        raise RuntimeError("boom")
+    assert [block.skip for block in rb.residuals(net).values()] == before
+
+
+def test_switching_on_what_was_built_off_raises():
+    block = BasicBlock(8, 8, skip=False)
+    with pytest.raises(ValueError, match=r"skip of BasicBlock cannot be switched on: it was built with skip=False"):
+        block.skip = True
+
+
+def test_switching_a_concatenation_raises():
+    net = DenseNet(4, (2,), stem="cifar", num_classes=2)
+    with pytest.raises(ValueError, match=r"skip of DenseLayer 'stages.0.block.layer1' cannot be switched at run time"):
+        set_skip(net, False)
+
+
+def test_set_skip_changes_nothing_if_one_block_cannot_be_switched():
+    net = nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8, skip=False), BasicBlock(8, 8))
+    net[0].skip = False
+    with pytest.raises(ValueError, match="'1' cannot be switched on"):
+        set_skip(net, True)
+    assert [block.skip for block in net] == [False, False, True]
+
+
+def test_set_skip_without_any_residual_raises():
+    with pytest.raises(ValueError, match="net must hold at least one Residual to switch, got Linear"):
+        set_skip(nn.Linear(2, 2), False)
+
+
+def test_compiled_net_follows_the_switch_without_graph_break():
+    net = plain_net().eval()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    x = image(3)
+    with torch.no_grad():
+        on = compiled(x)
+        torch.testing.assert_close(on, net(x))
+        with skips_off(net):
+            off = compiled(x)
+            torch.testing.assert_close(off, net(x))
+        assert not torch.allclose(on, off)
+        torch.testing.assert_close(compiled(x), on)
+
+
+def test_plain_net_trains_every_parameter():
+    net = plain_net(skip=False)
+    net(image(3)).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert not any("shortcut" in name for name in net.state_dict())
+
+
+def test_extra_repr_tells_a_plain_block():
+    assert "skip=False" in repr(BasicBlock(8, 8, skip=False))
+    assert "skip=False" not in repr(BasicBlock(8, 8))
