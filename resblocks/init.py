@@ -7,12 +7,17 @@ from torch.nn.modules.conv import _ConvNd
 
 
 def init_layer(layer: nn.Module) -> None:
-    """Draw the parameters of one layer: of a convolution by He et al. 2015 (normal, fan out), else by its own rule."""
+    """Draw the parameters of one layer: of a convolution as He et al. 2015 ("Delving deep"), else by its own rule.
+
+    Without a bias a norm follows, and fan out keeps the size of the gradient; a biased convolution has no norm behind
+    it, and fan in keeps the size of the map, which would fade over many layers.
+    """
     reset = getattr(layer, "reset_parameters", None)
     if callable(reset):
         reset()
     if isinstance(layer, _ConvNd):
-        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        mode = "fan_out" if layer.bias is None else "fan_in"
+        nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
 

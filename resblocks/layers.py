@@ -13,7 +13,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from resblocks.init import branch_weights
-from resblocks.residual import add_same_shape
+from resblocks.residual import fitting
 
 # einops looks at the tensor it is given, which torch.fx cannot trace: its calls stay whole in the graph.
 torch.fx.wrap("rearrange")
@@ -388,7 +388,7 @@ class WeightedAdd(nn.Module):
         nn.init.ones_(self.branch_weight)
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
-        return add_same_shape(self.shortcut_weight * shortcut, self.branch_weight * branch)
+        return self.shortcut_weight * shortcut + self.branch_weight * fitting(branch, shortcut)
 
 
 class Gated(nn.Module):
@@ -409,7 +409,7 @@ class Gated(nn.Module):
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         gate = torch.sigmoid(self.gate(shortcut) + self.start)
-        return add_same_shape((1 - gate) * shortcut, gate * branch)
+        return (1 - gate) * shortcut + gate * fitting(branch, shortcut)
 
 
 gated: Family = (partial(Gated, dims=1), partial(Gated, dims=2), partial(Gated, dims=3))

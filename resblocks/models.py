@@ -149,6 +149,7 @@ MODELS: dict[str, Callable[..., Network]] = {
     "densenet_bc_190_40": partial(cifar_densenet, 190, 40),
     "densenet_bc_250_24": partial(cifar_densenet, 250, 24),
     "baseline_cnn": BaselineCNN,
+    "baseline_cnn_20": partial(BaselineCNN, (6, 6, 6), (16, 32, 64), stem_width=16),
 }
 
 

@@ -15,14 +15,14 @@ Where = Callable[[str, "Residual"], bool]
 
 
 @torch.fx.wrap
-def add_same_shape(shortcut: Tensor, branch: Tensor) -> Tensor:
-    """Sum of two tensors of one shape; torch alone would broadcast size-1 dimensions without a word."""
+def fitting(branch: Tensor, shortcut: Tensor) -> Tensor:
+    """The branch, if it has the shape of the shortcut; torch would broadcast size-1 dimensions without a word."""
     if shortcut.shape != branch.shape:
         raise ValueError(
             f"shortcut and branch must have the same shape to be added, "
             f"got shortcut {tuple(shortcut.shape)} and branch {tuple(branch.shape)}"
         )
-    return shortcut + branch
+    return branch
 
 
 class Add(nn.Module):
@@ -35,7 +35,7 @@ class Add(nn.Module):
     """
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
-        return add_same_shape(shortcut, branch)
+        return shortcut + fitting(branch, shortcut)
 
 
 class Concat(nn.Module):

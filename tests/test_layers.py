@@ -1,0 +1,176 @@
+"""The layers: against torch, timm and formulas."""
+
+from functools import partial
+
+import pytest
+import timm.layers
+import torch
+from torch import nn
+
+import resblocks as rb
+from tests.blocks import image
+
+
+@pytest.mark.parametrize("channels", [8, 16, 64, 72, 256])
+def test_group_norm_takes_any_channel_count(channels):
+    norm = rb.group_norm(channels)
+    assert channels % norm.num_groups == 0
+    assert norm.num_groups == {8: 8, 16: 16, 64: 32, 72: 8, 256: 32}[channels]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_layer_norm_normalises_the_channels_of_each_position(dims):
+    norm = rb.LayerNorm(6)
+    x = image(6, 4, dims)
+    expected = nn.functional.layer_norm(x.movedim(1, -1), (6,)).movedim(-1, 1)
+    torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_weight_standardised_convolution_has_filters_of_mean_0_and_variance_1(dims):
+    conv = rb.weight_standardised[dims - 1](4, 6, 3, padding=1)
+    weight = conv.standardised().flatten(1)
+    torch.testing.assert_close(weight.mean(1), torch.zeros(6), atol=1e-6, rtol=0)
+    torch.testing.assert_close(weight.var(1, correction=0), torch.ones(6), atol=1e-2, rtol=0)
+    plain = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[dims - 1]
+    x = image(4, 5, dims)
+    torch.testing.assert_close(conv(x), plain(x, conv.standardised(), conv.bias, padding=1))
+
+
+def trained_norm():
+    norm = nn.BatchNorm2d(5)
+    for _ in range(3):
+        norm(3 * image(5) + 1)
+    nn.init.normal_(norm.weight)
+    return norm
+
+
+def test_frozen_batch_norm_equals_evaluation_and_stays_so_in_training():
+    norm = trained_norm()
+    frozen = rb.FrozenBatchNorm.from_norm(norm).train()
+    x = image(5)
+    torch.testing.assert_close(frozen(x), norm.eval()(x))
+    torch.testing.assert_close(dict(frozen.state_dict()), dict(norm.state_dict()), rtol=0, atol=0)
+    assert list(frozen.parameters()) == []
+
+
+def test_freeze_norm_survives_train_and_keeps_the_state_dict():
+    net = rb.ResNet(rb.Bottleneck, (1, 1), (16, 32), num_classes=2)
+    net(image(3, 32))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x = image(3, 32)
+    expected = net.eval()(x)
+    frozen = rb.freeze_norm(net).train()
+    torch.testing.assert_close(frozen(x), expected)
+    torch.testing.assert_close(dict(frozen.state_dict()), before, rtol=0, atol=0)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in frozen.modules())
+
+
+def test_freeze_norm_without_batch_norm_raises():
+    with pytest.raises(ValueError, match="net must have a batch norm to freeze, got Linear without any"):
+        rb.freeze_norm(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("channels", [8, 32, 64, 256, 2048])
+def test_eca_has_the_kernel_of_timm(channels):
+    theirs = timm.layers.EcaModule(channels)
+    ours = rb.ECA(channels)
+    assert ours.weight.shape == theirs.conv.weight.shape
+    ours.weight.data.copy_(theirs.conv.weight)
+    x = image(channels, 3)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_se_equals_timm():
+    theirs = timm.layers.SEModule(64, rd_ratio=1 / 16, rd_divisor=1, bias=True)
+    ours = rb.SE(64, reduction=16)
+    hidden = theirs.fc1.out_channels
+    ours.reduce, ours.expand = nn.Linear(64, hidden), nn.Linear(hidden, 64)
+    for mine, other in ((ours.reduce, theirs.fc1), (ours.expand, theirs.fc2)):
+        mine.weight.data.copy_(other.weight.flatten(1))
+        mine.bias.data.copy_(other.bias)
+    x = image(64, 3)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_cbam_equals_its_equations():
+    cbam = rb.CBAM(16)
+    x = image(16)
+
+    def mlp(values):
+        return cbam.expand(torch.relu(cbam.reduce(values)))
+
+    channel = torch.sigmoid(mlp(x.mean((2, 3))) + mlp(x.amax((2, 3))))[..., None, None]
+    y = x * channel
+    spatial = torch.sigmoid(cbam.spatial(torch.stack([y.amax(1), y.mean(1)], 1)))
+    torch.testing.assert_close(cbam(x), y * spatial)
+
+
+@pytest.mark.parametrize("attention", [rb.SE, rb.ECA, partial(rb.CBAM, reduction=4)])
+def test_attention_gates_between_0_and_1(attention):
+    x = image(16).abs()
+    y = attention(16)(x)
+    assert (y >= 0).all()
+    assert (y <= x).all()
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    x = torch.ones(20000, 3, 2)
+    y = rb.DropPath(0.25)(x)
+    kept = y[:, 0, 0] != 0
+    assert torch.equal(y[kept], torch.full_like(y[kept], 1 / 0.75))
+    assert not y[~kept].any()
+    assert y.mean() == pytest.approx(1, abs=0.02)
+    assert torch.equal(rb.DropPath(0.25).eval()(x), x)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1, 1.5])
+def test_drop_path_out_of_range_raises(p):
+    with pytest.raises(ValueError, match="drop_path must be at least 0 and below 1, got"):
+        rb.DropPath(p)
+
+
+@pytest.mark.parametrize(
+    ("scale", "factor"), [(rb.SkipInit, 0), (rb.ReZero, 0), (partial(rb.LayerScale, initial=0.1), 0.1)]
+)
+def test_scale_starts_at_its_factor(scale, factor):
+    x = image(4)
+    torch.testing.assert_close(scale(4)(x), factor * x)
+
+
+def test_weighted_and_gated_merges_equal_their_equations():
+    shortcut, branch = image(4), image(4)
+    weighted = rb.WeightedAdd(4)
+    torch.testing.assert_close(weighted(shortcut, branch), shortcut + branch)
+    gated = rb.Gated(4)
+    gate = torch.sigmoid(gated.gate(shortcut) - 2)
+    torch.testing.assert_close(gated(shortcut, branch), gate * branch + (1 - gate) * shortcut)
+
+
+@pytest.mark.parametrize("merge", [rb.WeightedAdd(4), rb.Gated(4)])
+def test_merges_refuse_shapes_that_would_broadcast(merge):
+    with pytest.raises(ValueError, match="same shape to be added"):
+        merge(image(4, 5), image(4, 1))
+
+
+@pytest.mark.parametrize("size", [5, 8])
+def test_blur_pool_equals_timm(size):
+    ours, theirs = rb.BlurPool(4, 2, border="reflect"), timm.layers.BlurPool2d(4, filt_size=3, stride=2)
+    x = image(4, size)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_blur_pool_keeps_a_constant_map(dims, size):
+    y = rb.blur_downsample[dims - 1](4, 2)(torch.full((1, 4, *[size] * dims), 3.0))
+    torch.testing.assert_close(y, torch.full((1, 4, *[-(-size // 2)] * dims), 3.0))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_average_downsample_means_the_positions_that_exist(dims, size):
+    pool = rb.average_downsample[dims - 1](1, 2)
+    x = torch.arange(float(size)).expand(1, 1, *[size] * dims)
+    line = torch.tensor([chunk.mean() for chunk in torch.arange(float(size)).split(2)])
+    torch.testing.assert_close(pool(x), line.expand(1, 1, *[-(-size // 2)] * dims))
