@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -16,7 +18,7 @@ def init_layer(layer: nn.Module) -> None:
     if callable(reset):
         reset()
     if isinstance(layer, _ConvNd):
-        mode = "fan_out" if layer.bias is None else "fan_in"
+        mode: Literal["fan_in", "fan_out"] = "fan_out" if layer.bias is None else "fan_in"
         nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)

@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 import resblocks as rb
-from tests.blocks import BLOCKS, SUM_BLOCKS, image, trains_every_parameter
+from tests.blocks import BLOCKS, DENSE_BLOCKS, SUM_BLOCKS, image, trains_every_parameter
 
 DIMS = pytest.mark.parametrize("dims", [1, 2, 3])
 EVERY_BLOCK = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
@@ -85,12 +85,31 @@ def test_gradients_equal_finite_differences(block):
     assert torch.autograd.gradcheck(run, (x, *values), fast_mode=True)
 
 
+HOOKED = [
+    {},
+    {"norm": None, "activation": nn.SiLU, "dropout": 0.3},
+    {"norm": rb.LayerNorm, "conv": rb.weight_standardised},
+    {"attention": rb.SE, "shortcut": "A", "drop_path": 0.3},
+    {"attention": rb.ECA, "shortcut": "C", "scale": rb.LayerScale},
+    {"attention": rb.CBAM, "shortcut": "D", "merge": rb.Gated},
+    {"downsample": rb.blur_downsample, "merge": rb.WeightedAdd, "norm": rb.instance_norm},
+    {"downsample": rb.average_downsample, "scale": rb.Fixup, "norm": None},
+    {"skip": False, "norm": rb.group_norm},
+]
+
+
 @EVERY_BLOCK
-def test_hooks_see_values_that_are_not_overwritten(block):
-    module = block(16, 32)
-    seen = []
+@pytest.mark.parametrize("options", HOOKED, ids=lambda options: "-".join(options) or "default")
+def test_hooks_see_values_that_are_not_overwritten(block, options):
+    if block in DENSE_BLOCKS.values():
+        options = {
+            key: value for key, value in options.items() if key in ("norm", "activation", "dropout", "conv", "skip")
+        }
+    module = block(16, 32, **options) if block in DENSE_BLOCKS.values() else block(16, 32, 2, **options)
+    seen, called = [], set()
 
     def forward_hook(layer, args, out):
+        called.add(layer)
         seen.append((out, out.detach().clone()))
 
     def backward_hook(layer, grad_in, grad_out):
@@ -102,7 +121,10 @@ def test_hooks_see_values_that_are_not_overwritten(block):
         layer.register_forward_hook(forward_hook)
         layer.register_full_backward_hook(backward_hook)
     module(image(requires_grad=True)).square().sum().backward()
-    assert len(seen) > 2 * len(list(module.children()))
+    plain = options.get("skip") is False
+    silent = {"shortcut", "merge", "scale", "drop_path"} if plain else set()
+    for name, layer in module.named_modules():
+        assert layer in called or set(name.split(".")) & silent, name
     assert all(torch.equal(value, then) for value, then in seen)
 
 
