@@ -1,0 +1,319 @@
+"""Counts against torchvision's published figures and sums by hand; reports against autograd; nets left as they were."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from resblocks.blocks import BasicBlock, DenseLayer
+from resblocks.diagnostics import count_macs, count_params, gradient_flow, lesion_study, signal_report, summary
+from resblocks.residual import Residual, set_skip
+
+TORCHVISION = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "densenet169"]
+
+
+def small_net() -> nn.Sequential:
+    """Stem, two blocks of which the second projects, head; batch norm and dropout inside."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.Sequential(BasicBlock(4, 4, dropout=0.5), BasicBlock(4, 8, 2)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
+    )
+
+
+def hooks_of(net: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in net.modules())
+
+
+def state_of(net: nn.Module) -> tuple[dict[str, Tensor], list[bool], list[Tensor | None], int]:
+    grads = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+    return copy.deepcopy(net.state_dict()), [m.training for m in net.modules()], grads, hooks_of(net)
+
+
+def assert_same_state(net: nn.Module, before: tuple[dict[str, Tensor], list[bool], list[Tensor | None], int]) -> None:
+    now = state_of(net)
+    torch.testing.assert_close(now[0], before[0], rtol=0, atol=0)
+    assert now[1] == before[1]
+    assert all(
+        (a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(now[2], before[2], strict=True)
+    )
+    assert now[3] == before[3]
+
+
+class Boom(nn.Module):
+    """Fails when it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_counts_are_those_that_torchvision_publishes(name: str) -> None:
+    meta = torchvision.models.get_model_weights(name).DEFAULT.meta
+    with torch.device("meta"):
+        net = torchvision.models.get_model(name, weights=None)
+    assert count_params(net) == meta["num_params"]
+    assert count_macs(net, (3, 224, 224)) / 1e9 == pytest.approx(meta["_ops"], abs=0.0006)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_macs_of_a_small_net_are_those_counted_by_hand(dims: int) -> None:
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    net = nn.Sequential(
+        conv(4, 8, 3, stride=2, padding=1, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4**dims, 5)
+    )
+    weights = 8 * (4 // 2) * 3**dims
+    assert count_params(net) == weights + 8 + 5 * 8 * 4**dims + 5
+    assert count_macs(net, (4, *[8] * dims)) == weights * 4**dims + 5 * 8 * 4**dims
+
+
+def test_shared_parameters_count_once_and_frozen_ones_on_request() -> None:
+    layer = nn.Linear(3, 2)
+    net = nn.Sequential(layer, nn.Linear(2, 3), layer)
+    assert count_params(net) == 8 + 9
+    layer.requires_grad_(False)
+    assert count_params(net, trainable_only=True) == 9
+    assert count_macs(net, (3,)) == 6 + 6 + 6
+
+
+def test_counting_leaves_a_training_net_as_it_was() -> None:
+    net = small_net()
+    net[1][0].eval()
+    before = state_of(net)
+    count_macs(net, (3, 8, 8))
+    summary(net, (3, 8, 8))
+    assert_same_state(net, before)
+
+
+def test_counting_leaves_a_net_as_it_was_after_an_error() -> None:
+    net = nn.Sequential(small_net(), Boom())
+    before = state_of(net)
+    with pytest.raises(RuntimeError, match="boom"):
+        summary(net, (3, 8, 8))
+    assert_same_state(net, before)
+
+
+@pytest.mark.parametrize("input_size", [(), (3, 0, 8), (3, -1, 8)])
+def test_input_size_that_is_not_positive_raises(input_size: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="input_size must be positive integers"):
+        count_macs(small_net(), input_size)
+
+
+def test_summary_has_a_row_for_each_block_and_the_rows_add_up() -> None:
+    net = small_net()
+    net[1][0].skip = False
+    table = summary(net, (3, 8, 8))
+    assert [(r.name, r.type, r.output_shape, r.skip) for r in table.rows] == [
+        ("0", "Conv2d", (4, 8, 8), None),
+        ("1.0", "BasicBlock", (4, 8, 8), False),
+        ("1.1", "BasicBlock", (8, 4, 4), True),
+        ("2", "AdaptiveAvgPool2d", (8, 1, 1), None),
+        ("3", "Flatten", (8,), None),
+        ("4", "Linear", (2,), None),
+    ]
+    assert sum(r.params for r in table.rows) == table.params == count_params(net)
+    assert sum(r.macs for r in table.rows) == table.macs == count_macs(net, (3, 8, 8))
+    block = 4 * 8 * 9 * 16 + 8 * 8 * 9 * 16 + 4 * 8 * 16
+    assert table.rows[2].macs == block
+
+
+def test_summary_prints_as_a_table() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), Residual(nn.Linear(16, 16)), nn.Linear(16, 2))
+    net[0].requires_grad_(False)
+    assert str(summary(net, (8,))).splitlines() == [
+        "name   type        output  params  MACs  skip",
+        "---------------------------------------------",
+        "0      Linear      16         144   128",
+        "1      Residual    16         272   256  on",
+        "2      Linear      2           34    32",
+        "---------------------------------------------",
+        "total  Sequential             450   416",
+        "input 8, one sample, 1 MAC = 2 FLOP, 306 parameters trainable",
+    ]
+
+
+def test_summary_shows_a_part_that_does_not_run_without_a_shape() -> None:
+    block = Residual(nn.Linear(4, 4))
+    block.skip = False
+    rows = {row.name: row for row in summary(block, (4,)).rows}
+    assert rows["merge"].output_shape is None
+    assert rows["branch"].output_shape == (4,)
+
+
+def test_gradient_flow_reads_every_convolution_and_linear_weight_in_order() -> None:
+    net = small_net()
+    net(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    rows = gradient_flow(net)
+    assert [row.name for row in rows] == [
+        "0.weight",
+        "1.0.branch.conv1.weight",
+        "1.0.branch.conv2.weight",
+        "1.1.branch.conv1.weight",
+        "1.1.branch.conv2.weight",
+        "1.1.shortcut.conv.weight",
+        "4.weight",
+    ]
+    for row in rows:
+        grad = net.get_parameter(row.name).grad
+        assert row.params == grad.numel()
+        assert row.mean_abs == pytest.approx(grad.abs().mean().item())
+        assert row.norm == pytest.approx(torch.linalg.vector_norm(grad).item())
+        assert row.std == pytest.approx(grad.flatten().std(correction=0).item())
+        assert row.norm > 0
+
+
+def test_gradient_flow_leaves_out_what_got_no_gradient() -> None:
+    net = small_net()
+    set_skip(net, False)
+    net[4].weight.requires_grad_(False)
+    net(torch.randn(4, 3, 8, 8)).mean().backward()
+    names = [row.name for row in gradient_flow(net)]
+    assert "1.1.shortcut.conv.weight" not in names
+    assert "4.weight" not in names
+    assert len(names) == 5
+
+
+def test_gradient_flow_of_a_single_layer_has_a_plain_name() -> None:
+    layer = nn.Linear(2, 1)
+    layer(torch.ones(1, 2)).sum().backward()
+    assert gradient_flow(layer)[0].name == "weight"
+
+
+def test_gradient_flow_before_backward_raises() -> None:
+    with pytest.raises(ValueError, match=r"call loss.backward\(\) first"):
+        gradient_flow(small_net())
+
+
+def test_signal_report_measures_where_the_paths_meet() -> None:
+    block = Residual(nn.Linear(4, 4), nn.Linear(4, 4), scale=Halve(), act=nn.ReLU())
+    x = torch.randn(16, 4)
+    (row,) = signal_report(block, x, loss=lambda y: y.square().sum())
+    shortcut, branch = block.shortcut(x), block.branch(x).detach().requires_grad_()
+    merged = shortcut.detach() + branch / 2
+    merged.retain_grad()
+    merged.relu().square().sum().backward()
+    assert row.shortcut_var == pytest.approx(shortcut.var(correction=0).item())
+    assert row.branch_var == pytest.approx((branch / 2).var(correction=0).item())
+    assert row.merged_var == pytest.approx(merged.var(correction=0).item())
+    assert row.ratio == pytest.approx(row.branch_var / row.shortcut_var)
+    assert row.merged_grad_norm == pytest.approx(merged.grad.norm().item())
+    assert row.branch_grad_norm == pytest.approx(branch.grad.norm().item())
+
+
+class Halve(nn.Module):
+    """Half of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_signal_report_leaves_the_net_as_it_was(with_loss: bool) -> None:
+    net = small_net()
+    net(torch.randn(4, 3, 8, 8)).mean().backward()
+    before = state_of(net)
+    rows = signal_report(net, torch.randn(4, 3, 8, 8), loss=Tensor.mean if with_loss else None)
+    assert_same_state(net, before)
+    assert [row.name for row in rows] == ["1.0", "1.1"]
+    assert all((row.merged_grad_norm is not None) == with_loss for row in rows)
+
+
+def test_signal_report_keeps_the_random_state() -> None:
+    net, x = small_net(), torch.randn(4, 3, 8, 8)
+    before = torch.get_rng_state()
+    signal_report(net, x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_signal_report_of_a_plain_block_has_no_shortcut() -> None:
+    net = small_net()
+    net[1][0].skip = False
+    plain, residual = signal_report(net, torch.randn(4, 3, 8, 8))
+    assert (plain.skip, plain.shortcut_var, plain.ratio) == (False, None, None)
+    assert plain.merged_var == plain.branch_var > 0
+    assert residual.skip
+    assert residual.ratio > 0
+
+
+def test_signal_report_reads_the_gradients_of_a_frozen_net() -> None:
+    net = small_net().requires_grad_(False)
+    rows = signal_report(net, torch.randn(4, 3, 8, 8), loss=Tensor.sum)
+    assert all(row.merged_grad_norm > 0 for row in rows)
+
+
+def test_signal_report_removes_its_hooks_on_an_error() -> None:
+    net = nn.Sequential(small_net(), Boom())
+    before = state_of(net)
+    with pytest.raises(RuntimeError, match="boom"):
+        signal_report(net, torch.randn(4, 3, 8, 8))
+    assert_same_state(net, before)
+
+
+def test_reports_of_a_net_without_residual_blocks_raise() -> None:
+    net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="at least one Residual, got Linear"):
+        signal_report(net, torch.ones(1, 2))
+    with pytest.raises(ValueError, match="at least one Residual, got Linear"):
+        lesion_study(net, lambda net: 0.0)
+
+
+def test_lesion_replaces_one_block_at_a_time_by_its_shortcut() -> None:
+    first, second = Residual(nn.Linear(3, 3)), Residual(nn.Linear(3, 3), nn.Linear(3, 3), act=nn.ReLU())
+    net, x = nn.Sequential(first, second), torch.randn(2, 3)
+    study = lesion_study(net, lambda net: net(x).sum())
+    assert study.intact == pytest.approx(net(x).sum().item())
+    without_first, without_second = second(x), second.shortcut(first(x)).relu()
+    expected = [without_first.sum().item(), without_second.sum().item()]
+    assert [lesion.name for lesion in study.lesions] == ["0", "1"]
+    assert [lesion.metric for lesion in study.lesions] == pytest.approx(expected, abs=1e-5)
+    assert [lesion.change for lesion in study.lesions] == pytest.approx([e - study.intact for e in expected], abs=1e-5)
+
+
+def test_lesion_of_the_skip_leaves_the_branch() -> None:
+    net, x = nn.Sequential(Residual(nn.Linear(3, 3)), Residual(nn.Linear(3, 3))), torch.randn(2, 3)
+    study = lesion_study(net, lambda net: net(x).sum(), part="skip", where=lambda name, block: name == "1")
+    (lesion,) = study.lesions
+    assert lesion.metric == pytest.approx(net[1].branch(net[0](x)).sum().item(), abs=1e-5)
+    assert net[1].skip
+
+
+def test_lesion_of_a_dense_layer_gives_zeros_for_its_features() -> None:
+    layer, x = DenseLayer(4, 6).eval(), torch.randn(2, 4, 3, 3)
+    (lesion,) = lesion_study(layer, lambda net: net(x)[:, 4:].abs().sum()).lesions
+    assert lesion.metric == 0
+
+
+def test_lesions_are_evaluated_in_eval_mode_without_gradients_and_undone_on_an_error() -> None:
+    net = small_net()
+    before, seen = state_of(net), []
+
+    def evaluate(net: nn.Module) -> float:
+        seen.append((net.training, torch.is_grad_enabled()))
+        if len(seen) == 2:
+            raise RuntimeError("boom")
+        return 0.0
+
+    with pytest.raises(RuntimeError, match="boom"):
+        lesion_study(net, evaluate)
+    assert seen == [(False, False)] * 2
+    assert_same_state(net, before)
+
+
+def test_lesion_study_leaves_plain_blocks_out() -> None:
+    net = small_net()
+    net[1][0].skip = False
+    assert [lesion.name for lesion in lesion_study(net, lambda net: 0.0).lesions] == ["1.1"]
+    set_skip(net, False)
+    with pytest.raises(ValueError, match="at least one block whose skip is on, got none"):
+        lesion_study(net, lambda net: 0.0)
+
+
+def test_lesion_of_an_unknown_part_raises() -> None:
+    with pytest.raises(ValueError, match='part must be "branch" or "skip", got \'act\''):
+        lesion_study(small_net(), lambda net: 0.0, part="act")
