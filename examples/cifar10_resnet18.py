@@ -1,0 +1,93 @@
+"""A baseline CNN, ResNet-18 without skips and ResNet-18 on CIFAR-10: arXiv 2510.24036 from end to end.
+
+    python examples/cifar10_resnet18.py --dataset digits        # real digits, nothing to download, minutes on a CPU
+    python examples/cifar10_resnet18.py                         # CIFAR-10, downloaded into data/
+    torchrun --nproc-per-node 2 examples/cifar10_resnet18.py    # the same experiment on two GPUs
+
+All nets get the same recipe, the same seed and the same order of images. Stop it when you like: the same command goes
+on from the last checkpoint, and a finished net is not trained again. The numbers are those of the last epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from resblocks.training import (
+    DATASETS,
+    PAPER,
+    RECIPES,
+    Ranks,
+    draw_figures,
+    get_recipe,
+    load_dataset,
+    results_table,
+    run_variants,
+    write_results,
+)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data"), help="archive or folder of the images (default: data)"
+    )
+    parser.add_argument(
+        "--models", nargs="+", help=f"of list_models(), _noskip behind takes the skips out (default: {' '.join(PAPER)})"
+    )
+    parser.add_argument("--recipe", choices=RECIPES, help="default: paper, and digits for the digits")
+    parser.add_argument("--epochs", type=int, help="default: the recipe's")
+    parser.add_argument("--batch-size", type=int, help="over all processes (default: the recipe's)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: the recipe's)")
+    parser.add_argument(
+        "--cutout", type=int, help="side of the square, 0 is off (default: the recipe's, 12 in paper from 20 epochs on)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the nets")
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs")
+    parser.add_argument("--out", type=Path, help="folder of checkpoints, results and figures (default: runs/<dataset>)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    out = options.out or Path("runs") / options.dataset
+    ranks = Ranks.from_env()
+
+    name = options.recipe or ("digits" if options.dataset == "digits" else "paper")
+    # Digits of 8x8 end as maps of 1x1, where zero padding shrinks the signal until a net without norm learns nothing.
+    usual = ["baseline_cnn_bn", *list(PAPER)[1:]] if options.dataset == "digits" else list(PAPER)
+    recipe = get_recipe(
+        name, epochs=options.epochs, batch_size=options.batch_size, lr=options.lr, cutout=options.cutout
+    )
+    dataset = ranks.first_then_all(lambda: load_dataset(options.dataset, options.data_dir))
+    results = run_variants(
+        options.models or usual,
+        dataset,
+        recipe,
+        out=out,
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
+        compile=options.compile,
+        tensorboard=options.tensorboard,
+        ranks=ranks,
+    )
+    if ranks.is_first:
+        write_results(out / "results.json", results)
+        figures = draw_figures(results, out)
+        print(f"\n{dataset.name}, {dataset.split} set, last of {recipe.epochs} epochs, recipe {recipe.name}\n")
+        print(results_table(results, on_cifar10=options.dataset == "cifar10"))
+        print(f"\n{out / 'results.json'} and {len(figures)} figures in {out}")
+    ranks.close()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, RuntimeError, ImportError) as error:
+        sys.exit(f"error: {error}")

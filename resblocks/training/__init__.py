@@ -1,0 +1,57 @@
+"""The CIFAR training harness: data as whole tensors, recipes as data, and runs that lose nothing.
+
+An optional part: `pip install "resblocks[train]"`. It is plain PyTorch; torchrun makes it parallel.
+"""
+
+from resblocks.training.augment import augment, cutout, derive_seed, draw, normalise
+from resblocks.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
+from resblocks.training.data import (
+    DATASETS,
+    Dataset,
+    load_cifar10,
+    load_cifar100,
+    load_dataset,
+    load_digits,
+    load_folder,
+)
+from resblocks.training.experiment import PAPER, build_net, results_table, run_variants, write_results
+from resblocks.training.figures import draw_figures
+from resblocks.training.files import FolderLock
+from resblocks.training.fit import fit
+from resblocks.training.ranks import Ranks
+from resblocks.training.recipe import RECIPES, Recipe, get_recipe
+from resblocks.training.result import Result
+from resblocks.training.signals import Interrupted
+
+__all__ = [
+    "DATASETS",
+    "PAPER",
+    "RECIPES",
+    "Dataset",
+    "FolderLock",
+    "Interrupted",
+    "Ranks",
+    "Recipe",
+    "Result",
+    "augment",
+    "build_net",
+    "cutout",
+    "derive_seed",
+    "draw",
+    "draw_figures",
+    "fit",
+    "get_recipe",
+    "load_checkpoint",
+    "load_cifar10",
+    "load_cifar100",
+    "load_dataset",
+    "load_digits",
+    "load_folder",
+    "load_weights",
+    "normalise",
+    "results_table",
+    "run_variants",
+    "save_checkpoint",
+    "save_weights",
+    "write_results",
+]

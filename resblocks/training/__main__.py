@@ -1,0 +1,173 @@
+"""`python -m resblocks.training`: one experiment from typed options, every value of the recipe among them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from resblocks.training.data import DATASETS, load_dataset
+from resblocks.training.experiment import results_table, run_variants, write_results
+from resblocks.training.figures import draw_figures
+from resblocks.training.ranks import Ranks
+from resblocks.training.recipe import RECIPES, Recipe, get_recipe
+
+
+@dataclass
+class Config:
+    """What to run; how to train it is the recipe's."""
+
+    models: list[str] = field(default_factory=lambda: ["resnet18"])
+    dataset: str = "cifar10"
+    data_dir: Path = Path("data")
+    validation: int = 0
+    recipe: str = "auto"
+    out: Path = Path("runs/training")
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    compile: bool = False
+    channels_last: bool = True
+    deterministic: bool = False
+    gradients: bool = True
+    checkpoint_steps: int = 0
+    checkpoint_seconds: float = 300.0
+    timeout_seconds: float = 600.0
+    tensorboard: bool = False
+    progress: bool = True
+    svg: bool = False
+
+
+HELP = {
+    "models": "names of list_models(); _noskip behind a name takes the skips out, _bn gives the baseline batch norm",
+    "dataset": "data set",
+    "data_dir": "archive or folder of the images",
+    "validation": "hold out so many training images and evaluate on them, for selection; 0: the test set",
+    "recipe": "recipe by name, see below; auto: digits for the digits, else paper",
+    "out": "folder of checkpoints, results and figures",
+    "seed": "of weights, order, augmentation and dropout",
+    "device": "auto, cpu, cuda, cuda:1, ...",
+    "precision": "auto: bfloat16 where the hardware has it",
+    "compile": "torch.compile the nets",
+    "channels_last": "memory format of weights and images",
+    "deterministic": "deterministic convolutions on CUDA, slower",
+    "gradients": "record the gradient by layer after each epoch",
+    "checkpoint_steps": "also write a checkpoint every so many steps; 0: only by time and epoch",
+    "checkpoint_seconds": "write a checkpoint at least so often",
+    "timeout_seconds": "give up when another process is silent for so long",
+    "tensorboard": "also write TensorBoard logs",
+    "progress": "a progress bar on a terminal, plain lines elsewhere",
+    "svg": "draw the figures as SVG, too",
+}
+CHOICES = {
+    "dataset": list(DATASETS),
+    "recipe": ["auto", *RECIPES],
+    "precision": ["auto", "float32", "bfloat16"],
+}
+RECIPE_HELP = {
+    "epochs": "passes over the training images",
+    "batch_size": "images a step, over all processes",
+    "lr": "peak learning rate, for the mean loss",
+    "momentum": "of SGD",
+    "nesterov": "Nesterov's momentum",
+    "weight_decay": "coupled, on every parameter",
+    "schedule": "triangular, steps, cosine, constant",
+    "warmup": "fraction of the run; triangular: where the peak is",
+    "warmup_start": "fraction of lr at the first step",
+    "milestones": "steps: fractions of the run where lr is multiplied by gamma",
+    "gamma": "factor at the milestones",
+    "label_smoothing": "of the training loss",
+    "crop": "padding in pixels for the random crop; 0: off",
+    "padding": "reflect or zeros",
+    "flip": "mirror every second image",
+    "cutout": "side of the square in pixels; 0: off",
+    "tta": "test-time augmentation: none, flip",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """One argument for each field of `Config` and of `Recipe`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m resblocks.training",
+        description="Train named nets with a named recipe. The same command goes on where it was stopped.",
+        epilog="recipes:\n" + "\n".join(f"  {name:10} {_summary(recipe)}" for name, recipe in RECIPES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    types, defaults = typing.get_type_hints(Config), Config()
+    for entry in fields(Config):
+        default = getattr(defaults, entry.name)
+        shown = " ".join(default) if isinstance(default, list) else default
+        help = f"{HELP[entry.name]} (default: {shown})"
+        _add(parser, entry.name, types[entry.name], default, help, CHOICES.get(entry.name))
+    group = parser.add_argument_group("options of the recipe (default: the recipe's own value)")
+    types = typing.get_type_hints(Recipe)
+    for entry in fields(Recipe):
+        if entry.name != "name":
+            _add(group, entry.name, types[entry.name], None, RECIPE_HELP[entry.name], None)
+    return parser
+
+
+def _add(parser: Any, name: str, kind: Any, default: Any, help: str, choices: Sequence[str] | None) -> None:
+    flag = "--" + name.replace("_", "-")
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+    elif arguments := typing.get_args(kind):  # list[str], tuple[float, ...]
+        parser.add_argument(
+            flag, nargs="*", type=arguments[0], default=default, help=help, metavar=arguments[0].__name__.upper()
+        )
+    else:
+        metavar = None if choices else kind.__name__.upper()
+        parser.add_argument(flag, type=kind, default=default, help=help, choices=choices, metavar=metavar)
+
+
+def _summary(recipe: Recipe) -> str:
+    schedule = f"{recipe.schedule} {recipe.milestones} x{recipe.gamma}" if recipe.milestones else recipe.schedule
+    return (
+        f"{recipe.epochs} epochs of batch {recipe.batch_size}, lr {recipe.lr} {schedule}, "
+        f"weight decay {recipe.weight_decay}, crop {recipe.crop} {recipe.padding}, "
+        f"flip {'on' if recipe.flip else 'off'}, cutout {recipe.cutout}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, train, write results.json and the figures, print the table."""
+    values = vars(make_parser().parse_args(arguments))
+    config = Config(**{entry.name: values.pop(entry.name) for entry in fields(Config)})
+    usual = "digits" if config.dataset == "digits" else "paper"
+    recipe = get_recipe(usual if config.recipe == "auto" else config.recipe, **values)
+    ranks = Ranks.from_env(config.timeout_seconds)
+    dataset = ranks.first_then_all(lambda: load_dataset(config.dataset, config.data_dir))
+    if config.validation:
+        dataset = dataset.with_validation(config.validation, config.seed)
+    names = (
+        "device",
+        "precision",
+        "compile",
+        "channels_last",
+        "deterministic",
+        "gradients",
+        "checkpoint_steps",
+        "checkpoint_seconds",
+        "tensorboard",
+        "progress",
+    )
+    options = {name: getattr(config, name) for name in names}
+    results = run_variants(config.models, dataset, recipe, out=config.out, seed=config.seed, ranks=ranks, **options)
+    if ranks.is_first:
+        write_results(config.out / "results.json", results)
+        draw_figures(results, config.out, ("png", "svg") if config.svg else ("png",))
+        about = f"last of {recipe.epochs} epochs, recipe {recipe.name}, TTA {recipe.tta}, seed {config.seed}"
+        print(f"\n{dataset.name}, {dataset.split} set, {about}\n")
+        print(results_table(results, on_cifar10=config.dataset == "cifar10"))
+    ranks.close()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, RuntimeError, ImportError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,89 @@
+"""Checkpoints that survive a kill, a full disk and a flipped bit: one file, its digest beside it, the last two kept."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .extras import require
+from .files import digest_path, is_intact, remove_leftovers, write_digested
+
+KEEP = 2
+
+
+def checkpoint_path(folder: Path, step: int, epochs_done: int) -> Path:
+    """Names sort by age. Step and finished epochs fix the content, so one name never holds two states."""
+    return folder / f"step{step:09d}-epoch{epochs_done:05d}.pt"
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Oldest first, sound or not."""
+    return sorted(Path(folder).glob("step*-epoch*.pt"))
+
+
+def save_checkpoint(folder: str | Path, state: dict[str, Any], *, step: int, epochs_done: int) -> Path:
+    """Write, read back, and only then delete what is older than the last two.
+
+    Args:
+        state: tensors and plain types, in dicts and lists, and nothing else.
+
+    Raises:
+        RuntimeError: the disk is full or faulty; the checkpoints from before are still there.
+    """
+    folder = Path(folder)
+    path = checkpoint_path(folder, step, epochs_done)
+    if not (path.exists() and is_intact(path)):
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        older = list_checkpoints(folder)
+        try:
+            write_digested(path, buffer.getbuffer())
+        except RuntimeError as error:
+            kept = f"{older[-1]} is kept" if older else "there is none from before"
+            raise RuntimeError(
+                f"no checkpoint at step {step}: {error}; {kept}, the same command goes on from it"
+            ) from error
+    for old in list_checkpoints(folder)[:-KEEP]:
+        old.unlink(missing_ok=True)
+        digest_path(old).unlink(missing_ok=True)
+    remove_leftovers(folder)
+    return path
+
+
+def load_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, or None; tensors come on the CPU.
+
+    A damaged one is named in a warning and removed, lest a later one be counted against it, and the one before is used.
+    """
+    for path in reversed(list_checkpoints(folder)):
+        if is_intact(path):
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return path, state
+        warnings.warn(
+            f"checkpoint {path} is damaged or incomplete and is not used; going back to the one before", stacklevel=2
+        )
+        path.replace(path.with_suffix(".damaged"))
+        digest_path(path).unlink(missing_ok=True)
+    return None
+
+
+def save_weights(path: str | Path, net: torch.nn.Module) -> None:
+    """The state dict as safetensors, with its SHA-256 beside it."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    write_digested(path, require("safetensors.torch").save(weights))
+
+
+def load_weights(path: str | Path, net: torch.nn.Module) -> None:
+    """Load what `save_weights` wrote, names and shapes all equal.
+
+    Raises:
+        RuntimeError: the file does not agree with its SHA-256, or belongs to another net.
+    """
+    path = Path(path)
+    if digest_path(path).exists() and not is_intact(path):
+        raise RuntimeError(f"{path} does not agree with {digest_path(path).name}: it is damaged")
+    net.load_state_dict(require("safetensors.torch").load_file(path))

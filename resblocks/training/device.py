@@ -1,0 +1,56 @@
+"""Which device and which precision: what was asked for, or an error; "auto" is what fits the hardware."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(device: str = "auto", local_rank: int = 0) -> torch.device:
+    """ "auto" is a GPU where there is one and the CPU elsewhere; anything else is taken at its word.
+
+    Raises:
+        RuntimeError: a GPU was asked for and is not there: training never falls back to the CPU in silence.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    picked = torch.device(device)
+    if picked.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(device.partition(":")[2] or local_rank)
+        picked = torch.device("cuda", index)
+        if index >= count:
+            raise RuntimeError(
+                f"device {device} was asked for, but there are {count} CUDA devices: "
+                f"take --device cpu or auto, or check the driver"
+            )
+    return picked
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """True where the hardware multiplies in bfloat16; emulated, it is correct and many times slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):  # oneDNN reports support for AVX512 alone, which emulates
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    return bool(supported())
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The autocast type: "float32", "bfloat16", or "auto", bfloat16 where the hardware has it.
+
+    Raises:
+        ValueError: no such precision.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be auto, {' or '.join(PRECISIONS)}, got {precision!r}")
+    return PRECISIONS[precision]

@@ -1,0 +1,97 @@
+"""Several nets, one recipe, one seed: train them one by one, then a table, a JSON and figures. Resumable as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resblocks import Network, create_model
+
+from .data import Dataset
+from .files import write_json
+from .fit import fit
+from .ranks import Ranks
+from .recipe import Recipe
+from .result import Result
+
+# CIFAR-10 test accuracy in percent: arXiv 2510.24036, abstract; the net without skips after a report that quotes it.
+PAPER = {"baseline_cnn": 84.1, "resnet18_noskip": 86.0, "resnet18": 89.9}
+TITLES = {
+    "baseline_cnn": "Baseline CNN",
+    "baseline_cnn_bn": "Baseline CNN with batch norm",
+    "resnet18_noskip": "ResNet-18 without skips",
+    "resnet18": "ResNet-18",
+}
+
+
+def build_net(variant: str, dataset: Dataset, seed: int = 0) -> Network:
+    """A named net for a data set's classes and channels, with the stem for small images and weights from the seed.
+
+    Args:
+        variant: a name of `resblocks.list_models()`, with "_noskip" behind it for the net without skips, or "_bn" for
+            batch norm in the baseline.
+
+    Raises:
+        ValueError: what `resblocks.create_model` raises.
+    """
+    options: dict[str, Any] = {"num_classes": len(dataset.classes), "in_channels": dataset.shape[0]}
+    if max(dataset.shape[1:]) <= 64:
+        options["stem"] = "cifar"
+    name = variant
+    if variant.endswith("_noskip"):
+        name, options["skip"] = variant.removesuffix("_noskip"), False
+    elif variant.endswith("_bn"):
+        name, options["norm"] = variant.removesuffix("_bn"), torch.nn.BatchNorm2d
+    torch.manual_seed(seed)
+    return create_model(name, **options)
+
+
+def run_variants(
+    variants: Iterable[str],
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    seed: int = 0,
+    ranks: Ranks | None = None,
+    **options: Any,
+) -> list[Result]:
+    """`fit` each variant in its own folder `out/<variant>`; those that are finished are not run again.
+
+    All names are tried before the first training starts. `options` are those of `fit`.
+    """
+    variants = list(variants)
+    if len(set(variants)) < len(variants):
+        raise ValueError(f"models must differ from each other, got {', '.join(variants)}")
+    with torch.device("meta"):
+        for variant in variants:
+            build_net(variant, dataset)
+    results = []
+    for variant in variants:
+        net = build_net(variant, dataset, seed)
+        results.append(
+            fit(net, dataset, recipe, out=Path(out) / variant, name=variant, seed=seed, ranks=ranks, **options)
+        )
+    return results
+
+
+def results_table(results: list[Result], on_cifar10: bool) -> str:
+    """A Markdown table of last-epoch numbers, with the paper's beside them where the data set is the paper's."""
+    header = ["net", "accuracy (%)", *(["paper (%)"] if on_cifar10 else []), "loss", "parameters", "training (s)"]
+    rows = [header]
+    for result in results:
+        paper = [f"{PAPER[result.name]:.1f}" if result.name in PAPER else ""] if on_cifar10 else []
+        numbers = [f"{result.loss:.4f}", f"{result.params:,}", f"{result.seconds:.1f}"]
+        rows.append([TITLES.get(result.name, result.name), f"{result.accuracy_percent:.2f}", *paper, *numbers])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|")
+    return "\n".join(lines)
+
+
+def write_results(path: str | Path, results: list[Result]) -> None:
+    """All runs with settings, environment and whole history in one JSON."""
+    write_json(path, {"results": [result.as_dict() for result in results]})

@@ -1,0 +1,142 @@
+"""The figures of arXiv 2510.24036 from the results of runs: training, validation, gradients by layer, all variants."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .experiment import TITLES
+from .extras import require
+from .files import write_atomic
+from .result import Result
+
+# Okabe and Ito's colours, told apart by colour-blind readers; the line style and the marker repeat what they say.
+_LOOKS: dict[str, dict[str, Any]] = {
+    "baseline_cnn": {"color": "#D55E00", "linestyle": ":", "marker": "s"},
+    "baseline_cnn_bn": {"color": "#CC79A7", "linestyle": "-.", "marker": "D"},
+    "resnet18_noskip": {"color": "#E69F00", "linestyle": "--", "marker": "^"},
+    "resnet18": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+}
+_OTHERS = [
+    {"color": color, "linestyle": style, "marker": marker}
+    for color, style, marker in [
+        ("#009E73", "-.", "D"),
+        ("#CC79A7", "-", "v"),
+        ("#56B4E9", "--", "P"),
+        ("#000000", ":", "X"),
+        ("#999999", "-", "<"),
+    ]
+]
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+    "svg.hashsalt": "resblocks",
+}
+
+
+def draw_figures(results: Sequence[Result], folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Figures 1 and 2: curves of the nets without "_noskip"; 3: gradients; 4 and 5: curves of all. Returns the files.
+
+    Raises:
+        ValueError: no results, or results without a finished epoch.
+    """
+    if not results or not all(result.epochs for result in results):
+        raise ValueError("draw_figures needs results with at least one finished epoch each")
+    require("matplotlib").use("Agg")
+    some = [result for result in results if not result.name.endswith("_noskip")] or results
+    split = results[0].settings["dataset"]["split"]
+    part = "test set" if split == "test" else f"{split} set"
+    with require("matplotlib.pyplot").rc_context(_STYLE):
+        figures = {
+            "figure1_training": _curves(some, "train", "training set"),
+            "figure2_validation": _curves(some, "eval", part),
+            "figure4_training_all": _curves(results, "train", "training set"),
+            "figure5_validation_all": _curves(results, "eval", part),
+        }
+        if all(result.gradients for result in results):
+            figures["figure3_gradients"] = _gradients(results)
+        return [path for name in sorted(figures) for path in _save(figures[name], Path(folder) / name, formats)]
+
+
+def _curves(results: Sequence[Result], part: str, where: str) -> Any:
+    """Accuracy on the left, loss on the right, by epoch."""
+    figure, (left, right) = _panels()
+    for index, result in enumerate(results):
+        epochs = [epoch["epoch"] for epoch in result.epochs]
+        look = _look(result, index, len(epochs))
+        left.plot(epochs, [epoch[f"{part}_accuracy_percent"] for epoch in result.epochs], **look)
+        right.plot(epochs, [epoch[f"{part}_loss"] for epoch in result.epochs], **look)
+    left.set(title=f"Accuracy, {where}", xlabel="epoch", ylabel="accuracy (%)")
+    left.set_ylim(top=min(100.5, left.get_ylim()[1]))
+    right.set(title=f"Cross-entropy loss, {where}", xlabel="epoch", ylabel="loss (nats)")
+    losses = [epoch[f"{part}_loss"] for result in results for epoch in result.epochs]
+    if min(losses) > 0 and max(losses) > 20 * min(losses):
+        right.set_yscale("log")
+    for axes in (left, right):
+        _whole_numbers(axes)
+    return _finish(figure, left, results)
+
+
+def _gradients(results: Sequence[Result]) -> Any:
+    """Mean absolute gradient of each layer's weights, input to output, before and after training."""
+    figure, panels = _panels(sharey=True)
+    for axes, moment in zip(panels, (0, -1), strict=True):
+        for index, result in enumerate(results):
+            # Projections lie beside the path from input to output: without them, equal depth is equal position.
+            layers = [layer for layer in result.gradients[moment]["layers"] if ".shortcut." not in layer["name"]]
+            sizes = [layer["mean_abs"] or float("nan") for layer in layers]
+            axes.plot(range(1, len(sizes) + 1), sizes, **_look(result, index, len(sizes)))
+        epoch = results[0].gradients[moment]["epoch"]
+        title = "At initialisation" if epoch == 0 else f"After {epoch} epoch{'s' if epoch > 1 else ''}"
+        axes.set(title=title, xlabel="layer, from input to output", yscale="log")
+        _whole_numbers(axes)
+    panels[0].set_ylabel("mean |gradient| of the weights")
+    return _finish(figure, panels[0], results)
+
+
+def _panels(**options: Any) -> tuple[Any, Any]:
+    figure, axes = require("matplotlib.pyplot").subplots(1, 2, figsize=(7.2, 3.0), layout="constrained", **options)
+    return figure, axes
+
+
+def _look(result: Result, index: int, points: int) -> dict[str, Any]:
+    look = dict(_LOOKS.get(result.name) or _OTHERS[index % len(_OTHERS)])
+    return {**look, "label": TITLES.get(result.name, result.name), "markevery": max(1, points // 15)}
+
+
+def _whole_numbers(axes: Any) -> None:
+    axes.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _finish(figure: Any, axes: Any, results: Sequence[Result]) -> Any:
+    """One legend above both panels, and below them what was run."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), handlelength=3)
+    settings = results[0].settings
+    about = f"{settings['dataset']['name']}, recipe {settings['recipe']['name']}, seed {settings['seed']}"
+    figure.supxlabel(about, fontsize=7, color="#555555", x=0.99, ha="right")
+    return figure
+
+
+def _save(figure: Any, path: Path, formats: Sequence[str]) -> list[Path]:
+    written = []
+    for kind in formats:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        target = path.with_suffix(f".{kind}")
+        write_atomic(target, buffer.getvalue())
+        written.append(target)
+    require("matplotlib.pyplot").close(figure)
+    return written

@@ -1,0 +1,300 @@
+"""`fit`: train a net so that nothing is lost. Any run can be killed at any moment and goes on with the same command.
+
+Nothing random outlives a step: the order of the images is drawn from (seed, epoch), augmentation from (seed, step),
+dropout from (seed, step, rank). A checkpoint holds weights, optimizer state, step and numbers, and no generator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .checkpoint import list_checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights
+from .data import Dataset
+from .device import pick_device, pick_precision
+from .environment import environment
+from .files import FolderLock, remove_leftovers, write_json
+from .folder import claim, layout, read_finished
+from .log import RunLog
+from .loop import Loop
+from .ranks import Ranks
+from .recipe import Recipe
+from .result import Result
+from .signals import Interrupted, Signals
+
+
+def fit(
+    net: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    name: str = "net",
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    compile: bool = False,
+    channels_last: bool = True,
+    deterministic: bool = False,
+    gradients: bool = True,
+    checkpoint_steps: int = 0,
+    checkpoint_seconds: float = 300.0,
+    progress: bool = True,
+    tensorboard: bool = False,
+    ranks: Ranks | None = None,
+) -> Result:
+    """Train `net` and evaluate it after each epoch; the same call again goes on where the last one ended.
+
+    A finished run is not run again: its result and weights are read from `out`. On the CPU an interrupted and resumed
+    run ends with the same bits as an unbroken one, in the middle of an epoch too.
+
+    Args:
+        net: with the weights to start from; at the end it holds the trained ones, on `device`.
+        out: folder of this run: checkpoints, log.jsonl, weights.safetensors, result.json. One run at a time.
+        seed: of order, augmentation and dropout; that of the initial weights is the caller's affair.
+        device: auto, cpu, cuda, cuda:1, ... precision: auto, float32, bfloat16 (autocast).
+        deterministic: on CUDA choose deterministic convolutions, slower; the CPU's always are.
+        gradients: record the gradient by layer at the start and after each epoch; it does not change the training.
+        checkpoint_steps: also after so many steps (0: only by time). checkpoint_seconds: also after so much time.
+
+    Raises:
+        ValueError: settings that cannot work, or `out` holds a run of other settings.
+        RuntimeError: missing device, folder in use, non-finite loss, full disk, out of memory, silent rank.
+        Interrupted: SIGTERM or Ctrl-C, after the step is done and saved (a SystemExit with status 143 or 130).
+    """
+    ranks, out = ranks or Ranks(), Path(out)
+    picked = pick_device(device, ranks.local_rank)
+    dtype = pick_precision(precision, picked)
+    settings = {
+        "net": {"name": name, "layout": layout(net)},
+        "dataset": {"name": dataset.name, "split": dataset.split, "sha256": dataset.key},
+        "recipe": recipe.as_dict(),
+        "seed": seed,
+        "precision": str(dtype).removeprefix("torch."),
+        "channels_last": channels_last,
+    }
+    with contextlib.ExitStack() as stack:
+        lock = FolderLock(out)
+        stack.callback(lock.release)
+        ranks.first(lock.acquire)
+        ranks.first(lambda: claim(out, settings))
+        if done := ranks.first(lambda: read_finished(out)):
+            load_weights(out / "weights.safetensors", net.to(picked))
+            return done
+        if picked.type == "cuda":
+            stack.enter_context(
+                torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic)
+            )
+        loop = Loop(net, dataset, recipe, seed, picked, dtype, ranks, compile=compile, channels_last=channels_last)
+        params = sum(weight.numel() for weight in net.parameters())
+        result = Result(name, params, settings, environment(picked, ranks.size))
+        log = RunLog(out, name, active=ranks.is_first, progress=progress, tensorboard=tensorboard)
+        stack.callback(log.close)
+        run = _Run(
+            loop, result, out, log, stack.enter_context(Signals()), gradients, checkpoint_steps, checkpoint_seconds
+        )
+        return run.train()
+
+
+class _Run:
+    """The course of a run: steps, epochs, checkpoints, and the ways in which it can end early."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        result: Result,
+        out: Path,
+        log: RunLog,
+        signals: Signals,
+        gradients: bool,
+        checkpoint_steps: int,
+        checkpoint_seconds: float,
+    ) -> None:
+        self.loop, self.result, self.out, self.log, self.signals = loop, result, out, log, signals
+        self.gradients, self.checkpoint_steps, self.checkpoint_seconds = gradients, checkpoint_steps, checkpoint_seconds
+        self.ranks = loop.ranks
+        self.step, self.seconds, self.saved_at = 0, 0.0, time.monotonic()  # seconds: of this epoch's training so far
+
+    def train(self) -> Result:
+        """What is to be done next follows from (step, finished epochs) alone, so a resumed run cannot go astray."""
+        loop, result = self.loop, self.result
+        self.resume()
+        self.log.start(loop.total_steps, self.step)
+        with self.explained():
+            if self.gradients and not result.gradients:
+                self.record_gradients()
+            while len(result.epochs) < loop.recipe.epochs:
+                if self.step < (len(result.epochs) + 1) * loop.steps_per_epoch:
+                    self.train_step()
+                else:
+                    self.finish_epoch()
+        return self.finish()
+
+    def train_step(self) -> None:
+        started = time.monotonic()
+        self.loop.train_step(self.step)
+        self.step += 1
+        *_, bad = self.loop.meter.peek()
+        due = time.monotonic() - self.saved_at > self.checkpoint_seconds and self.ranks.is_first
+        stop, diverged, due_now = self.ranks.max(self.signals.number, math.isfinite(bad), due)
+        self.seconds += time.monotonic() - started
+        if diverged:
+            self.diverge()
+        due_now = due_now or (self.checkpoint_steps > 0 and self.step % self.checkpoint_steps == 0)
+        if stop or (due_now and self.step % self.loop.steps_per_epoch):  # the end of an epoch saves anyway
+            self.save()
+        if stop:
+            self.interrupt(stop)
+        if self.log.due():
+            self.show()
+
+    def finish_epoch(self) -> None:
+        loop, started = self.loop, time.monotonic()
+        loss, correct, images, bad = self.total()  # waits for the device
+        self.seconds += time.monotonic() - started
+        if math.isfinite(bad):
+            self.diverge()
+        started = time.monotonic()
+        evaluated = loop.evaluate(stop=lambda: self.signals.number != 0)
+        if evaluated is None:
+            self.save()
+            self.interrupt(self.signals.number)
+            return
+        record = {
+            "epoch": len(self.result.epochs) + 1,
+            "step": self.step,
+            "lr": loop.recipe.lr_at(self.step - 1, loop.total_steps),
+            "train_loss": loss / images,
+            "train_accuracy_percent": 100 * correct / images,
+            "eval_loss": evaluated[0],
+            "eval_accuracy_percent": evaluated[1],
+            "images_per_second": images / self.seconds,
+            "seconds": self.seconds,
+            "eval_seconds": time.monotonic() - started,
+        }
+        self.result.epochs.append(record)
+        if self.gradients:
+            self.record_gradients()
+        loop.meter.reset()
+        self.seconds = 0.0
+        self.save()
+        taken = sum(epoch["seconds"] + epoch["eval_seconds"] for epoch in self.result.epochs)
+        left = taken / len(self.result.epochs) * (loop.recipe.epochs - len(self.result.epochs))
+        self.log.epoch(record, loop.recipe.epochs, self.result.settings["dataset"]["split"], left)
+
+    def total(self) -> tuple[float, float, float, float]:
+        """The epoch's sums over all ranks."""
+        sums = self.ranks.sum_(self.loop.meter.values[:3].clone())
+        loss, correct, images = sums.tolist()
+        return loss, correct, images, self.loop.meter.read()[3]
+
+    def record_gradients(self) -> None:
+        if self.ranks.is_first:
+            epoch = len(self.result.epochs)
+            self.result.gradients.append({"epoch": epoch, "layers": self.loop.gradient_layers()})
+
+    def save(self) -> None:
+        """Checkpoint, unless the weights are no good: what is on the disk then is better."""
+        state = self.loop.state()
+        bad = self.loop.meter.read()[3]
+        if math.isfinite(bad):
+            self.diverge()
+        if not self.loop.finite():
+            raise RuntimeError(
+                f"weights of {self.result.name} became infinite or NaN by step {self.step} {self.advice()}"
+            )
+        state |= {
+            "step": self.step,
+            "seconds": self.seconds,
+            "epochs": self.result.epochs,
+            "gradients": self.result.gradients,
+        }
+        epochs_done = len(self.result.epochs)
+        self.ranks.first(lambda: str(save_checkpoint(self.out, state, step=self.step, epochs_done=epochs_done)))
+        self.saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on from the newest sound checkpoint: read by the first rank, given to all."""
+        found = self.ranks.first(lambda: load_checkpoint(self.out))
+        if found is None:
+            self.log.event("start", settings=self.result.settings, environment=self.result.environment)
+            return
+        path, state = found
+        self.loop.load(state)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.result.epochs, self.result.gradients = state["epochs"], state["gradients"]
+        self.log.event("resume", step=self.step, checkpoint=path.name, environment=self.result.environment)
+        self.log.say(f"{self.result.name}  goes on at step {self.step} of {self.loop.total_steps}")
+
+    def finish(self) -> Result:
+        """Weights first, result.json last: it says that the run is finished."""
+        result, out = self.result, self.out
+
+        def write() -> None:
+            save_weights(out / "weights.safetensors", self.loop.net)
+            write_json(out / "result.json", result.as_dict())
+            remove_leftovers(out)
+
+        self.ranks.first(write)
+        self.log.event("end", accuracy_percent=result.accuracy_percent, loss=result.loss, seconds=result.seconds)
+        return result
+
+    def show(self) -> None:
+        loss, correct, images, _ = self.loop.meter.peek()
+        if images:
+            done = self.step - len(self.result.epochs) * self.loop.steps_per_epoch
+            rate = done * self.loop.recipe.batch_size / max(self.seconds, 1e-9)
+            epoch = f"{len(self.result.epochs) + 1}/{self.loop.recipe.epochs}"
+            self.log.step(self.step, epoch, loss / images, 100 * correct / images, rate)
+
+    def interrupt(self, number: int) -> None:
+        name = signal.Signals(number).name
+        self.log.event("interrupt", step=self.step, signal=name)
+        self.log.say(
+            f"{self.result.name}  stopped by {name} at step {self.step}, saved; the same command goes on from there"
+        )
+        raise Interrupted(128 + number)
+
+    def diverge(self) -> None:
+        step = int(self.loop.meter.read()[3])
+        lr, epoch = self.loop.recipe.lr_at(step, self.loop.total_steps), step // self.loop.steps_per_epoch + 1
+        self.log.event("diverged", step=step, lr=lr)
+        raise RuntimeError(
+            f"the loss of {self.result.name} was infinite or NaN at step {step} (epoch {epoch}), "
+            f"learning rate {lr:.4g}; that update was not made {self.advice()}"
+        )
+
+    def advice(self) -> str:
+        kept = list_checkpoints(self.out)
+        good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+        return f"({good}): try a lower --lr in another --out"
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say what torch's errors mean for the run."""
+        batch, each, size = self.loop.recipe.batch_size, self.loop.local_batch, self.ranks.size
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+                raise RuntimeError(
+                    f"out of memory at step {self.step} with batch size {batch} ({each} on each of {size} processes): "
+                    f"give a smaller --batch-size, or more processes, in another --out"
+                ) from error
+            if self.ranks.on and any(sign in str(error) for sign in _NO_ANSWER):
+                raise RuntimeError(
+                    f"another process died or was silent too long at step {self.step}; "
+                    f"the last checkpoint stays: run the same command again"
+                ) from error
+            raise
+
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+_NO_ANSWER = ("Timed out", "timed out", "Connection closed", "Connection reset", "Broken pipe")

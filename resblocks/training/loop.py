@@ -1,0 +1,179 @@
+"""One step, one evaluation, one look at the gradients: the computing of training, without files, clocks and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .augment import augment, derive_seed, draw, normalise
+from .data import Dataset
+from .meter import Meter
+from .ranks import Ranks
+from .recipe import Recipe
+
+GRADIENT_IMAGES = 128  # of the training set, the same ones every time
+
+
+class Loop:
+    """A net on a device with its data and its optimizer; step `s` is a function of (net before it, recipe, seed, s).
+
+    Raises:
+        ValueError: batch size, ranks, images and augmentation do not go together.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        dataset: Dataset,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        ranks: Ranks,
+        *,
+        compile: bool = False,
+        channels_last: bool = True,
+    ) -> None:
+        images = len(dataset.train_images)
+        if recipe.batch_size > images:
+            raise ValueError(f"batch_size must be at most the {images} training images, got {recipe.batch_size}")
+        if recipe.batch_size % ranks.size:
+            raise ValueError(f"batch_size must be a multiple of the {ranks.size} processes, got {recipe.batch_size}")
+        self.recipe, self.seed, self.device, self.dtype, self.ranks = recipe, seed, device, dtype, ranks
+        draw(recipe, 1, *dataset.shape[1:], seed=0, step=0)  # raises before anything is moved or compiled
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.images, self.labels = dataset.train_images.to(device), dataset.train_labels.to(device)
+        self.test_images, self.test_labels = dataset.test_images.to(device), dataset.test_labels.to(device)
+        self.mean, self.std = dataset.mean.to(device), dataset.std.to(device)
+        self.steps_per_epoch = images // recipe.batch_size  # the same on every rank: nobody waits for a missing batch
+        self.total_steps = self.steps_per_epoch * recipe.epochs
+        self.local_batch = recipe.batch_size // ranks.size
+        self._order_of: tuple[int, Tensor] | None = None
+
+        self.net = net.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(net) if compile else net
+        self.model: Callable[[Tensor], Tensor] = self.forward
+        if ranks.on:
+            devices = [device.index] if device.type == "cuda" else None
+            self.model = nn.parallel.DistributedDataParallel(self.forward, device_ids=devices)
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+            fused=True,  # faster, and it can be told on the device to leave the weights alone
+        )
+        self.meter = Meter(device)
+
+    def order(self, epoch: int) -> Tensor:
+        """The order of the training images in an epoch, counted from 0: the same on any number of ranks."""
+        if self._order_of is None or self._order_of[0] != epoch:
+            generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
+            self._order_of = epoch, torch.randperm(len(self.images), generator=generator).to(self.device)
+        return self._order_of[1]
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's part of the step's images, augmented, and labels: (B, C, H, W) and (B,)."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        size = self.recipe.batch_size
+        draws = draw(self.recipe, size, *self.images.shape[2:], seed=self.seed, step=step, device=self.device)
+        mine = slice(self.ranks.rank * self.local_batch, (self.ranks.rank + 1) * self.local_batch)
+        rows = self.order(epoch)[index * size : (index + 1) * size][mine]
+        images = augment(self.images, rows, draws[mine], self.recipe, self.mean, self.std)
+        return images.contiguous(memory_format=self.memory_format), self.labels[rows]
+
+    def train_step(self, step: int) -> None:
+        """One update. Where the loss of any rank is not finite, this step and all later ones change no weight.
+
+        The decision falls on the device (the fused optimizer skips where `found_inf` is 1), so the host need not wait.
+        """
+        self.reseed(derive_seed("step", self.seed, step, self.ranks.rank))  # dropout, stochastic depth
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr_at(step, self.total_steps)
+        self.net.train()
+        images, labels = self.batch(step)
+        with self.autocast():
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+        loss.backward()
+        if self.recipe.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_norm)
+        first_bad = self.ranks.min_(self.meter.note_loss(loss.detach(), step))
+        self.optimizer.found_inf = torch.isfinite(first_bad).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.meter.add(loss.detach(), logits.detach(), labels)
+
+    @torch.no_grad()
+    def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[float, float] | None:
+        """Mean loss and accuracy in percent over the whole evaluation part; None if `stop` became true.
+
+        Each image is seen by exactly one rank, none twice: padding to equal parts would bias the mean.
+        """
+        self.ranks.broadcast_(
+            [buffer for buffer in self.net.buffers() if buffer.numel()]
+        )  # batch norm statistics differ by rank
+        self.net.eval()
+        sums = Meter(self.device)
+        rows = torch.arange(self.ranks.rank, len(self.test_images), self.ranks.size, device=self.device)
+        for part in rows.split(self.local_batch):
+            if not self.ranks.on and stop():  # with several ranks the flag is agreed on between steps only
+                return None
+            images = normalise(self.test_images[part], self.mean, self.std).contiguous(memory_format=self.memory_format)
+            with self.autocast():
+                logits = self.forward(images).float()
+                if self.recipe.tta == "flip":
+                    logits = (logits + self.forward(images.flip(3)).float()) / 2
+            sums.add(F.cross_entropy(logits, self.test_labels[part]), logits, self.test_labels[part])
+        self.ranks.sum_(sums.values[:3])
+        loss, correct, images_seen, _ = sums.read()
+        return loss / images_seen, 100 * correct / images_seen
+
+    def gradient_layers(self) -> list[dict[str, Any]]:
+        """The gradient of each convolution and linear weight, on fixed training images, in float32 and on a copy."""
+        from resblocks.diagnostics import gradient_flow
+
+        net = copy.deepcopy(self.net).train()  # running statistics and gradients of the real one stay as they are
+        net.zero_grad(set_to_none=True)
+        self.reseed(derive_seed("gradients", self.seed))
+        images = normalise(self.images[:GRADIENT_IMAGES], self.mean, self.std).contiguous(
+            memory_format=self.memory_format
+        )
+        F.cross_entropy(
+            net(images), self.labels[:GRADIENT_IMAGES], label_smoothing=self.recipe.label_smoothing
+        ).backward()
+        return [{"name": row.name, "mean_abs": row.mean_abs, "norm": row.norm} for row in gradient_flow(net)]
+
+    def reseed(self, seed: int) -> None:
+        """Seed the CPU and our device only: torch.manual_seed visits all back ends, which takes milliseconds."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            yield
+
+    def finite(self) -> bool:
+        """True when no weight or buffer of the net is infinite or not a number."""
+        tensors = [t for t in self.net.state_dict().values() if t.is_floating_point()]
+        return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, as tensors and plain types; the sums are those of all ranks."""
+        sums = self.ranks.sum_(self.meter.values[:3].clone())
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": sums.cpu()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ranks.is_first:  # else they would be counted once per rank
+            self.meter.values[:3] = state["sums"].to(self.device)

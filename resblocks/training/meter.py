@@ -1,0 +1,65 @@
+"""Sums over an epoch that stay on the device, and are looked at without making the device wait."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Loss, correct answers and images so far, and the first step whose loss was not finite.
+
+    On a GPU `peek` returns the newest numbers that have already arrived, usually a few steps old; `read` waits.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(4, dtype=torch.float64, device=device)
+        self.values[3] = math.inf
+        self._lagging = device.type == "cuda"
+        if self._lagging:
+            self._host = torch.empty(4, dtype=torch.float64, pin_memory=True)
+            self._arrived = torch.cuda.Event()
+            self._seen, self._underway = (0.0, 0.0, 0.0, math.inf), False
+
+    def note_loss(self, loss: Tensor, step: int) -> Tensor:
+        """Remember `step` if its loss is the first that is not finite; returns that memory, a view of (1,)."""
+        bad = torch.where(torch.isfinite(loss), math.inf, float(step))
+        first = self.values[3:]
+        torch.minimum(first, bad, out=first)
+        return first
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add one batch. Shape: loss (), logits (B, classes), labels (B,)."""
+        correct = (logits.argmax(1) == labels).sum()
+        images = len(labels)
+        self.values[:3] += torch.stack(
+            [loss.double() * images, correct.double(), correct.new_full((), images).double()]
+        )
+
+    def peek(self) -> tuple[float, float, float, float]:
+        """(loss sum, correct, images, first bad step or inf), as new as is free to have."""
+        if not self._lagging:
+            return self._tuple(self.values)
+        if self._underway and self._arrived.query():
+            self._seen, self._underway = self._tuple(self._host), False
+        if not self._underway:
+            self._host.copy_(self.values, non_blocking=True)
+            self._arrived.record()
+            self._underway = True
+        return self._seen
+
+    def read(self) -> tuple[float, float, float, float]:
+        """The same, exactly now."""
+        return self._tuple(self.values)
+
+    def reset(self) -> None:
+        self.values[:3] = 0
+        if self._lagging:
+            self._seen, self._underway = (0.0, 0.0, 0.0, self._seen[3]), False
+
+    @staticmethod
+    def _tuple(values: Tensor) -> tuple[float, float, float, float]:
+        loss, correct, images, bad = values.tolist()
+        return loss, correct, images, bad

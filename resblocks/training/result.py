@@ -1,0 +1,45 @@
+"""What a finished run leaves behind, as plain data: numbers by epoch, gradients by layer, and how it was made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Result:
+    """One net, one recipe, one seed. Accuracy is that of the last epoch: the best one would be chosen on the test set.
+
+    `epochs`: per epoch {epoch, step, lr, train_loss, train_accuracy_percent, eval_loss, eval_accuracy_percent,
+    images_per_second, seconds, eval_seconds}. `gradients`: {epoch, layers: [{name, mean_abs, norm}, ...]}, epoch 0 is
+    the net at its initialisation.
+    """
+
+    name: str
+    params: int
+    settings: dict[str, Any]  # what the numbers depend on; a folder holds one run of one setting
+    environment: dict[str, Any]  # what they were made with: versions, device, command, commit
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    gradients: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def accuracy_percent(self) -> float:
+        return float(self.epochs[-1]["eval_accuracy_percent"])
+
+    @property
+    def loss(self) -> float:
+        return float(self.epochs[-1]["eval_loss"])
+
+    @property
+    def seconds(self) -> float:
+        """Of training, evaluation not counted."""
+        return float(sum(epoch["seconds"] for epoch in self.epochs))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Result:
+        return cls(**json.loads(Path(path).read_text()))

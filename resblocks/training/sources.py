@@ -1,0 +1,278 @@
+"""Where the bytes come from: official CIFAR archives, checked by digest, and trees of image files, decoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import lzma
+import os
+import pickle
+import tarfile
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .extras import require
+from .files import is_intact, sha256, write_digested
+
+_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+_DAMAGED = (tarfile.ReadError, EOFError, lzma.LZMAError, zlib.error, OSError)
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # train images and labels, test images and labels
+
+
+def is_archive(path: Path) -> bool:
+    """True for a file whose name says tar archive, compressed or not."""
+    return path.is_file() and (".tar" in path.suffixes or path.suffix in (".tgz", ".txz"))
+
+
+def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """The files of a folder or of a tar archive, in sorted or archive order; nothing is unpacked to the disk.
+
+    Raises:
+        RuntimeError: the archive is truncated or damaged.
+    """
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                yield PurePosixPath(file.relative_to(path).as_posix()), file.read_bytes()
+        return
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.isfile():
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    yield PurePosixPath(member.name), content.read()
+    except _DAMAGED as error:
+        raise RuntimeError(f"{path} is truncated or damaged ({error}): get it again") from error
+
+
+# Official archives
+
+
+@dataclass(frozen=True)
+class Official:
+    """An official CIFAR archive; every batch file is compared with the MD5 that torchvision holds before it is read."""
+
+    url: str
+    archive: str
+    digest: str  # SHA-256 of the archive, as published with Keras
+    torchvision_name: str
+    labels: str
+    meta_classes: str
+
+    @property
+    def num_classes(self) -> int:
+        return 100 if self.labels == "fine_labels" else 10
+
+    def find(self, path: Path) -> Path | None:
+        """The archive or the unpacked folder: `path` itself or inside it."""
+        folder = self._torchvision().base_folder
+        for candidate in (path / folder, path / self.archive, path):
+            if candidate.name in (folder, self.archive) and candidate.exists():
+                return candidate
+        return None
+
+    def download(self, folder: Path) -> Path:
+        """Fetch the archive: it gets its name only when it is whole and its SHA-256 is right."""
+        target = folder / self.archive
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(self.url, str(target), hash_prefix=self.digest, progress=os.isatty(2))
+        return target
+
+    def read(self, path: Path) -> tuple[tuple[str, ...], Tensor, Tensor, Tensor, Tensor]:
+        """Classes, train images and labels, test images and labels.
+
+        Raises:
+            RuntimeError: a file is missing or is not the published one.
+        """
+        source = self._torchvision()
+        train, test = dict(source.train_list), dict(source.test_list)
+        wanted = {**train, **test, source.meta["filename"]: source.meta["md5"]}
+        content: dict[str, Any] = {}
+        for name, data in members(path):
+            if name.name in wanted:
+                # MD5 guards against damage; pickle is loaded only for bytes that are the published ones.
+                if hashlib.md5(data, usedforsecurity=False).hexdigest() != wanted[name.name]:
+                    raise RuntimeError(
+                        f"{name.name} in {path} is truncated or damaged (its MD5 is wrong): get {self.url} again"
+                    )
+                content[name.name] = pickle.loads(data, encoding="latin1")
+        if missing := sorted(set(wanted) - set(content)):
+            raise RuntimeError(f"{path} lacks {', '.join(missing)}: get {self.url} again")
+        classes = tuple(content[source.meta["filename"]][self.meta_classes])
+        return classes, *self._stack(content, list(train)), *self._stack(content, list(test))
+
+    def _stack(self, content: dict[str, Any], names: list[str]) -> tuple[Tensor, Tensor]:
+        images = torch.cat([torch.as_tensor(content[name]["data"]) for name in names])
+        labels = [label for name in names for label in content[name][self.labels]]
+        return rearrange(images, "n (c h w) -> n c h w", c=3, h=32), torch.tensor(labels)
+
+    def _torchvision(self) -> Any:
+        return getattr(require("torchvision.datasets"), self.torchvision_name)
+
+
+_HOST = "https://www.cs.toronto.edu/~kriz/"
+CIFAR10 = Official(
+    url=_HOST + "cifar-10-python.tar.gz",
+    archive="cifar-10-python.tar.gz",
+    digest="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    torchvision_name="CIFAR10",
+    labels="labels",
+    meta_classes="label_names",
+)
+CIFAR100 = Official(
+    url=_HOST + "cifar-100-python.tar.gz",
+    archive="cifar-100-python.tar.gz",
+    digest="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+    torchvision_name="CIFAR100",
+    labels="fine_labels",
+    meta_classes="fine_label_names",
+)
+
+
+# Trees of image files
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A decoded tree; `encoding` says what the images went through, e.g. "JPEG q75"."""
+
+    classes: tuple[str, ...]
+    encoding: str
+    tensors: Tensors
+
+
+def is_tree(path: Path) -> bool:
+    """A folder that is not empty or a tar archive: something that `read_tree` can try."""
+    return is_archive(path) or (path.is_dir() and (path / "train").is_dir())
+
+
+def read_tree(path: Path, cache_dir: str | Path | None = None) -> Tree:
+    """Decode train/<class>/* and test/<class>/*, or take what an earlier call decoded.
+
+    The cache is one safetensors file under the content's key, whole and with its SHA-256 or not there at all.
+
+    Raises:
+        RuntimeError: nothing there, damaged, or images and classes that do not belong together.
+    """
+    if not (is_archive(path) or path.is_dir()):
+        raise RuntimeError(
+            f"{path} is neither a folder nor a tar archive: --data-dir needs train/<class>/ and test/<class>/ images"
+        )
+    safetensors = require("safetensors.torch")
+    cached = _cache_folder(cache_dir) / f"{path.name.split('.')[0]}-{_content_key(path)[:16]}.safetensors"
+    if cached.exists():
+        if is_intact(cached):
+            return _unpack(safetensors.load_file(cached))
+        warnings.warn(f"{cached} is damaged and is made anew", stacklevel=2)
+    tree = _decode(path)
+    about = json.dumps({"classes": tree.classes, "encoding": tree.encoding}).encode()
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    packed = {
+        **dict(zip(names, tree.tensors, strict=True)),
+        "about": torch.frombuffer(bytearray(about), dtype=torch.uint8),
+    }
+    try:
+        write_digested(cached, safetensors.save(packed))
+    except RuntimeError as error:  # a cache is a convenience
+        warnings.warn(f"the decoded images are not kept: {error}", stacklevel=2)
+    return tree
+
+
+def _unpack(packed: dict[str, Tensor]) -> Tree:
+    about = json.loads(bytes(packed["about"].tolist()))
+    tensors = packed["train_images"], packed["train_labels"], packed["test_images"], packed["test_labels"]
+    return Tree(tuple(about["classes"]), about["encoding"], tensors)
+
+
+def _cache_folder(cache_dir: str | Path | None) -> Path:
+    if cache_dir is not None:
+        return Path(cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resblocks"
+
+
+def _content_key(path: Path) -> str:
+    """Of an archive its bytes; of a folder names, sizes and times of all files, since reading them is the slow part."""
+    if path.is_file():
+        return sha256(path)
+    listing = [(file.relative_to(path).as_posix(), file.stat()) for file in sorted(path.rglob("*"))]
+    return sha256(repr([(name, about.st_size, about.st_mtime_ns) for name, about in listing]).encode())
+
+
+def _decode(path: Path) -> Tree:
+    images: dict[str, list[tuple[str, str, Tensor]]] = {"train": [], "test": []}
+    encoding = None
+    for name, data in members(path):
+        # train/<class>/<image>, in the archive perhaps under a folder of its own
+        if name.suffix.lower() not in _IMAGES or len(name.parts) < 3 or name.parts[-3] not in images:
+            continue
+        image = _decode_image(path / name, data)
+        encoding = encoding or _encoding(data)
+        images[name.parts[-3]].append((name.parts[-2], name.name, image))
+    if encoding is None or not all(images.values()):
+        empty = " and ".join(f"{part}/<class>/" for part, found in images.items() if not found)
+        raise RuntimeError(f"{path} holds no images in {empty}: --data-dir needs train/<class>/ and test/<class>/")
+    classes = _same_classes(path, images)
+    _same_shape(path, [(name, image) for part in images.values() for _, name, image in part])
+    train, test = (_stack_part(part, classes) for part in images.values())
+    return Tree(classes, encoding, (*train, *test))
+
+
+def _stack_part(part: list[tuple[str, str, Tensor]], classes: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    part.sort(key=lambda entry: entry[:2])  # archives keep any order
+    return torch.stack([image for _, _, image in part]), torch.tensor([classes.index(label) for label, _, _ in part])
+
+
+def _same_classes(path: Path, images: dict[str, list[tuple[str, str, Tensor]]]) -> tuple[str, ...]:
+    train, test = ({label for label, _, _ in part} for part in images.values())
+    if train != test:
+        raise RuntimeError(
+            f"{path}: the classes of train/ and test/ differ: {', '.join(sorted(train ^ test))} in only one of them"
+        )
+    return tuple(sorted(train))
+
+
+def _same_shape(path: Path, images: list[tuple[str, Tensor]]) -> None:
+    for name, image in images:
+        if image.shape != images[0][1].shape:
+            first, shape = images[0][0], tuple(images[0][1].shape)
+            raise RuntimeError(
+                f"{path}: all images must have one size, {first} is {shape}, {name} is {tuple(image.shape)}"
+            )
+
+
+def _decode_image(name: Path, data: bytes) -> Tensor:
+    pillow = require("PIL.Image", "pillow")
+    try:
+        with pillow.open(io.BytesIO(data)) as image:
+            pixels = image if image.mode in ("L", "RGB") else image.convert("RGB")
+            width, height = pixels.size
+            flat = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RuntimeError(f"{name} is not a readable image ({error}): get it again or remove it") from error
+    return rearrange(flat, "(h w c) -> c h w", h=height, w=width)
+
+
+def _encoding(data: bytes) -> str:
+    """ "JPEG q75", found by comparing the quantisation tables with those of each quality; else the format's name."""
+    pillow = require("PIL.Image", "pillow")
+    with pillow.open(io.BytesIO(data)) as image:
+        if image.format != "JPEG":
+            return str(image.format)
+        tables = image.quantization
+    for quality in range(1, 101):
+        buffer = io.BytesIO()
+        pillow.new("RGB", (8, 8)).save(buffer, "JPEG", quality=quality)
+        with pillow.open(buffer) as image:
+            if image.quantization == tables:
+                return f"JPEG q{quality}"
+    return "JPEG"

@@ -1,0 +1,307 @@
+"""Data sets: what is read is what was written, and what is missing or damaged is said in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from resblocks.training import Dataset, load_cifar10, load_cifar100, load_dataset, load_digits, load_folder, sources
+from resblocks.training.files import digest_path
+
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def _colour(index: int) -> tuple[int, int, int]:
+    return (index * 16, 255 - index * 16, index)
+
+
+def _write_tree(
+    root: Path, classes: tuple[str, ...] = ("cat", "dog"), kind: str = "png", count: int = 3, size: int = 6
+) -> Path:
+    """Images of one colour that says class and part."""
+    for part, offset in (("train", 0), ("test", 1)):
+        for index, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(count - offset):
+                image = Image.new("RGB", (size, size + 2), _colour(index))
+                image.save(folder / f"{number:04}.{kind}", **({"quality": 75} if kind == "jpg" else {}))
+    return root
+
+
+def _archive(tree: Path, target: Path, mode: str) -> Path:
+    with tarfile.open(target, mode) as archive:
+        for part in ("train", "test"):
+            archive.add(tree / part, part)
+    return target
+
+
+def test_tree_becomes_tensors(tmp_path: Path) -> None:
+    data = load_folder(_write_tree(tmp_path / "pets"), cache_dir=tmp_path / "cache")
+    assert (data.name, data.classes, data.shape) == ("pets", ("cat", "dog"), (3, 8, 6))
+    assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.test_labels.tolist() == [0, 0, 1, 1]
+    for image, label in zip(data.train_images, data.train_labels, strict=True):
+        assert image[:, 0, 0].tolist() == list(_colour(int(label)))
+        assert (image == image[:, :1, :1]).all()
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [(".tar", "w"), (".tar.gz", "w:gz"), (".tar.xz", "w:xz")])
+def test_archive_of_a_tree_equals_the_tree(suffix: str, mode: str, tmp_path: Path) -> None:
+    tree = _write_tree(tmp_path / "pets")
+    archive = _archive(tree, tmp_path / f"packed{suffix}", mode)
+    assert load_folder(archive, cache_dir=tmp_path / "cache").key == load_folder(tree, cache_dir=tmp_path / "cache").key
+
+
+def test_cache_is_used_checked_and_follows_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, cache = _write_tree(tmp_path / "pets"), tmp_path / "cache"
+    key = load_folder(tree, cache_dir=cache).key
+    (cached,) = cache.glob("pets-*.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_decode", None)  # would raise
+        assert load_folder(tree, cache_dir=cache).key == key
+    content = bytearray(cached.read_bytes())
+    content[-1] ^= 1
+    cached.write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged and is made anew"):
+        assert load_folder(tree, cache_dir=cache).key == key
+    assert load_folder(tree, cache_dir=cache).key == key
+    Image.new("RGB", (6, 8), (9, 9, 9)).save(tree / "train" / "cat" / "0000.png")
+    assert load_folder(tree, cache_dir=cache).key != key
+
+
+def test_cache_that_cannot_be_written_costs_only_a_warning(tmp_path: Path) -> None:
+    tree = _write_tree(tmp_path / "pets")
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="the decoded images are not kept"):
+        assert load_folder(tree, cache_dir=tmp_path / "file" / "cache").shape == (3, 8, 6)
+
+
+def test_a_cache_without_its_digest_is_not_trusted(tmp_path: Path) -> None:
+    tree, cache = _write_tree(tmp_path / "pets"), tmp_path / "cache"
+    load_folder(tree, cache_dir=cache)
+    (cached,) = cache.glob("*.safetensors")
+    digest_path(cached).unlink()
+    with pytest.warns(UserWarning, match="made anew"):
+        load_folder(tree, cache_dir=cache)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("jpg", "CIFAR-10 (JPEG q75)"), ("png", "CIFAR-10 (PNG)")])
+def test_name_says_what_the_images_went_through(kind: str, name: str, tmp_path: Path) -> None:
+    tree = _write_tree(tmp_path / "tree", CIFAR_CLASSES, kind)
+    data = load_cifar10(tree, download=False, cache_dir=tmp_path / "cache")
+    assert (data.name, data.classes) == (name, CIFAR_CLASSES)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9])
+def test_truncated_archive_is_named(keep: float, tmp_path: Path) -> None:
+    archive = _archive(_write_tree(tmp_path / "tree", CIFAR_CLASSES, count=20), tmp_path / "cifar.tar.xz", "w:xz")
+    content = archive.read_bytes()
+    archive.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(RuntimeError, match=r"cifar.tar.xz is truncated or damaged \(.*\): get it again"):
+        load_cifar10(archive, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def _empty(tree: Path) -> None:
+    for file in tree.rglob("*.png"):
+        file.unlink()
+
+
+def _one_class_less(tree: Path) -> None:
+    for file in (tree / "test" / "dog").iterdir():
+        file.unlink()
+
+
+def _odd_size(tree: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tree / "train" / "dog" / "0001.png")
+
+
+def _broken_image(tree: Path) -> None:
+    file = tree / "train" / "dog" / "0001.png"
+    file.write_bytes(file.read_bytes()[:40])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (_empty, "holds no images in train/<class>/ and test/<class>/: --data-dir needs"),
+        (_one_class_less, "the classes of train/ and test/ differ: dog in only one of them"),
+        (_odd_size, r"all images must have one size, 0000.png is \(3, 8, 6\), 0001.png is \(3, 9, 9\)"),
+        (_broken_image, "dog/0001.png is not a readable image"),
+    ],
+)
+def test_faulty_trees_are_refused(fault, message: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    fault(_write_tree(tmp_path / "pets"))
+    with pytest.raises(RuntimeError, match=message):
+        load_folder(tmp_path / "pets", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["missing", "missing.tar.xz"])
+def test_missing_folder_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="is neither a folder nor a tar archive"):
+        load_folder(tmp_path / name)
+    with pytest.raises(
+        RuntimeError, match=r"CIFAR-10.*(give --data-dir a folder|put cifar-10-python.tar.gz there).*--dataset digits"
+    ):
+        load_cifar10(tmp_path / name, download=False)
+
+
+def test_cifar_out_of_reach_says_what_to_do_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "CIFAR10", replace(sources.CIFAR10, url="http://127.0.0.1:9/cifar-10-python.tar.gz"))
+    with pytest.raises(
+        RuntimeError, match=r"cannot be reached .*Connection refused.*put cifar-10-python.tar.gz there"
+    ) as error:
+        load_cifar10(tmp_path / "data")
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+# The official format, with MD5s of our own small files in torchvision's tables
+
+
+def _official(kind: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    import torchvision
+
+    source = getattr(torchvision.datasets, kind)
+    label = "labels" if kind == "CIFAR10" else "fine_labels"
+    files = {}
+    for number, (name, _) in enumerate([*source.train_list, *source.test_list]):
+        pixels = torch.full((4, 3072), number, dtype=torch.uint8).numpy()
+        files[name] = pickle.dumps({"data": pixels, label: [0, 1, 2, number]})
+    meta = {"label_names": list(CIFAR_CLASSES), "fine_label_names": [f"class{number}" for number in range(100)]}
+    files[source.meta["filename"]] = pickle.dumps(meta)
+    md5 = {name: hashlib.md5(data, usedforsecurity=False).hexdigest() for name, data in files.items()}
+    for table in ("train_list", "test_list"):
+        monkeypatch.setattr(source, table, [[name, md5[name]] for name, _ in getattr(source, table)])
+    monkeypatch.setitem(source.meta, "md5", md5[source.meta["filename"]])
+    return {f"{source.base_folder}/{name}": data for name, data in files.items()}
+
+
+def _pack(files: dict[str, bytes], target: Path) -> Path:
+    with tarfile.open(target, "w:gz") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return target
+
+
+@pytest.mark.parametrize(("kind", "load", "train"), [("CIFAR10", load_cifar10, 20), ("CIFAR100", load_cifar100, 4)])
+@pytest.mark.parametrize("form", ["archive", "folder of the archive", "unpacked", "folder of the unpacked"])
+def test_official_files_are_read_in_every_form(
+    kind, load, train: int, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
+    files = _official(kind, monkeypatch)
+    where = tmp_path
+    if "archive" in form:
+        packed = _pack(files, tmp_path / getattr(sources, kind).archive)
+        where = packed if form == "archive" else tmp_path
+    else:
+        for name, data in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(data)
+        where = tmp_path / next(iter(files)).split("/")[0] if form == "unpacked" else tmp_path
+    data = load(where, download=False)
+    assert len(data.train_images) == train
+    assert len(data.test_images) == 4
+    assert len(data.classes) == getattr(sources, kind).num_classes
+    assert data.train_images[:, 0, 0, 0].tolist() == sorted(number for number in range(train // 4) for _ in range(4))
+    assert data.test_labels.tolist() == [0, 1, 2, train // 4]
+
+
+def test_official_file_with_a_flipped_bit_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = _official("CIFAR10", monkeypatch)
+    name = "cifar-10-batches-py/data_batch_3"
+    files[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])
+    _pack(files, tmp_path / sources.CIFAR10.archive)
+    with pytest.raises(
+        RuntimeError, match=r"data_batch_3 in .* is truncated or damaged .its MD5 is wrong.: get https://"
+    ):
+        load_cifar10(tmp_path)
+
+
+def test_official_archive_that_lacks_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = _official("CIFAR10", monkeypatch)
+    del files["cifar-10-batches-py/test_batch"]
+    _pack(files, tmp_path / sources.CIFAR10.archive)
+    with pytest.raises(RuntimeError, match="lacks test_batch"):
+        load_cifar10(tmp_path)
+
+
+def test_download_is_checked_and_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = _pack(_official("CIFAR10", monkeypatch), tmp_path / "served.tar.gz")
+    digest = hashlib.sha256(packed.read_bytes()).hexdigest()
+    official = replace(sources.CIFAR10, url=packed.as_uri(), digest=digest)
+    monkeypatch.setattr(sources, "CIFAR10", official)
+    assert len(load_cifar10(tmp_path / "data").train_images) == 20
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-python.tar.gz"]
+    monkeypatch.setattr(sources, "CIFAR10", replace(official, digest="0" * 64))
+    with pytest.raises(RuntimeError, match="invalid hash"):
+        load_cifar10(tmp_path / "other")
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+# Digits, splits and checks
+
+
+def test_digits_are_real_and_split_for_good() -> None:
+    data = load_digits()
+    assert (data.name, data.shape, len(data.classes)) == ("digits", (1, 8, 8), 10)
+    assert (len(data.train_images), len(data.test_images)) == (1433, 364)
+    assert torch.bincount(data.test_labels).min() >= 35
+    assert data.key == load_dataset("digits").key
+    assert int(data.train_images.max()) == 255
+    assert not (set(map(bytes, data.train_images.numpy())) & set(map(bytes, data.test_images.numpy())))
+
+
+def test_moments_are_those_of_the_training_pixels() -> None:
+    data = load_digits()
+    pixels = data.train_images.double() / 255
+    assert data.mean.item() == pytest.approx(pixels.mean().item(), rel=1e-6)
+    assert data.std.item() == pytest.approx(pixels.std(correction=0).item(), rel=1e-6)
+
+
+def test_validation_comes_out_of_the_training_images_only() -> None:
+    data = load_digits()
+    split = data.with_validation(200, seed=3)
+    assert (split.split, len(split.train_images), len(split.test_images)) == ("validation", 1233, 200)
+    both = torch.cat([split.train_images, split.test_images])
+    assert sorted(map(bytes, both.numpy())) == sorted(map(bytes, data.train_images.numpy()))
+    assert split.key == data.with_validation(200, seed=3).key
+    assert split.key != data.with_validation(200, seed=4).key
+    with pytest.raises(ValueError, match="validation must leave images on both sides of 1433, got 1433"):
+        data.with_validation(1433)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_labels": torch.zeros(3, dtype=torch.int64)}, "train_labels must be 4 int64"),
+        ({"test_labels": torch.full((4,), 2)}, r"test_labels must lie in 0..1, got 2..2"),
+        ({"train_images": torch.zeros(4, 3, 2, 2)}, "train_images must be uint8"),
+        ({"test_images": torch.zeros(4, 1, 2, 2, dtype=torch.uint8)}, "differ in shape"),
+        ({"train_images": torch.zeros(0, 3, 2, 2, dtype=torch.uint8)}, "train_images must be uint8 of shape"),
+    ],
+)
+def test_dataset_that_does_not_fit_together_is_refused(change: dict[str, torch.Tensor], message: str) -> None:
+    images, labels = torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        Dataset(
+            "x",
+            ("a", "b"),
+            **{"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels, **change},
+        )
+
+
+def test_unknown_dataset_is_refused() -> None:
+    with pytest.raises(ValueError, match="no data set is named 'mnist'; there are cifar10, cifar100, digits, folder"):
+        load_dataset("mnist")

@@ -1,0 +1,448 @@
+"""Training itself: it learns, on the device and in the precision asked for, and what it leaves behind is complete."""
+
+from __future__ import annotations
+
+import io
+import json
+import runpy
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from training_workers import RECIPE, tiny_dataset, tiny_fit, tiny_net
+
+import resblocks.training.__main__ as entry
+from resblocks.training import (
+    PAPER,
+    Dataset,
+    Recipe,
+    Result,
+    build_net,
+    draw_figures,
+    fit,
+    load_digits,
+    load_weights,
+    results_table,
+    run_variants,
+)
+from resblocks.training.device import has_fast_bfloat16, pick_device, pick_precision
+from resblocks.training.loop import Loop
+from resblocks.training.meter import Meter
+from resblocks.training.ranks import Ranks
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10_resnet18.py"
+
+
+def _loop(net: nn.Module, dataset: Dataset | None = None, recipe: Recipe = RECIPE) -> Loop:
+    return Loop(net, dataset or tiny_dataset(), recipe, 0, torch.device("cpu"), torch.float32, Ranks())
+
+
+def test_resnet20_learns_the_digits(tmp_path: Path) -> None:
+    data = load_digits()
+    recipe = Recipe(epochs=2, batch_size=50, lr=0.1, crop=0, flip=False)
+    result = fit(
+        build_net("resnet20", data), data, recipe, out=tmp_path, device="cpu", precision="float32", progress=False
+    )
+    assert result.accuracy_percent > 85
+    assert result.epochs[-1]["train_loss"] < 0.6 * result.epochs[0]["train_loss"]
+
+
+def test_step_equals_plain_pytorch() -> None:
+    """One step of the loop is forward, cross-entropy, backward and torch's SGD at the recipe's rate."""
+    recipe = Recipe(epochs=1, batch_size=20, lr=0.1, label_smoothing=0.1, crop=0, flip=False)
+    ours, theirs = tiny_net(dropout=0.0), tiny_net(dropout=0.0)
+    loop = _loop(ours, recipe=recipe)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    for step in range(3):
+        images, labels = loop.batch(step)
+        loop.train_step(step)
+        optimizer.param_groups[0]["lr"] = recipe.lr_at(step, loop.total_steps)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(theirs(images), labels, label_smoothing=0.1).backward()
+        optimizer.step()
+    for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_evaluation_sees_each_image_once_and_flip_averages() -> None:
+    data, net = tiny_dataset(), tiny_net().eval()
+    images = (data.test_images.float() / 255 - data.mean.view(3, 1, 1)) / data.std.view(3, 1, 1)
+    with torch.no_grad():
+        logits, mirrored = net(images), net(images.flip(3))
+    for tta, expected in (("none", logits), ("flip", (logits + mirrored) / 2)):
+        got = _loop(net, recipe=Recipe(epochs=1, batch_size=16, crop=1, tta=tta)).evaluate()
+        assert got is not None
+        assert got[0] == pytest.approx(nn.functional.cross_entropy(expected, data.test_labels).item(), rel=1e-5)
+        assert got[1] == pytest.approx(100 * (expected.argmax(1) == data.test_labels).float().mean().item())
+
+
+def test_evaluation_leaves_the_net_as_it_was() -> None:
+    net = tiny_net()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    _loop(net).evaluate()
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_result_and_weights_are_complete(tmp_path: Path) -> None:
+    net = tiny_net()
+    result = tiny_fit(tmp_path, net)
+    assert Result.read(tmp_path / "result.json") == result
+    assert [epoch["epoch"] for epoch in result.epochs] == [1, 2]
+    assert result.accuracy_percent == result.epochs[-1]["eval_accuracy_percent"]  # the last, not the best
+    assert result.params == sum(weight.numel() for weight in net.parameters())
+    assert result.settings["dataset"]["sha256"] == tiny_dataset().key
+    assert set(result.environment) >= {"command", "commit", "versions", "device", "processes"}
+    fresh = tiny_net()
+    load_weights(tmp_path / "weights.safetensors", fresh)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), net.state_dict().values(), strict=True))
+
+
+def test_seed_decides(tmp_path: Path) -> None:
+    runs = [tiny_fit(tmp_path / str(index), seed=seed) for index, seed in enumerate((0, 0, 1))]
+    assert runs[0].epochs[-1]["train_loss"] == runs[1].epochs[-1]["train_loss"] != runs[2].epochs[-1]["train_loss"]
+
+
+def test_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size must be at most the 81 training images, got 500"):
+        tiny_fit(tmp_path, recipe=Recipe(crop=1))
+
+
+def test_bfloat16_trains_close_to_float32(tmp_path: Path) -> None:
+    low = tiny_fit(tmp_path / "low", precision="bfloat16")
+    full = tiny_fit(tmp_path / "full", precision="float32")
+    assert low.settings["precision"] == "bfloat16"
+    assert low.epochs[-1]["eval_loss"] == pytest.approx(full.epochs[-1]["eval_loss"], rel=0.05)
+    assert low.epochs[-1]["eval_loss"] != full.epochs[-1]["eval_loss"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_missing_gpu_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="device cuda was asked for, but there are 0 CUDA devices"):
+        tiny_fit(tmp_path / "run", device="cuda")
+    assert not (tmp_path / "run").exists()
+    assert pick_device("auto").type == "cpu"
+
+
+def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("resblocks.training.device.platform.machine", lambda: "x86_64")
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        assert has_fast_bfloat16(cpu) is has
+        assert pick_precision("auto", cpu) is dtype
+    with pytest.raises(ValueError, match="precision must be auto, float32 or bfloat16, got 'half'"):
+        pick_precision("half", cpu)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_out_of_memory_says_the_batch_size(error: RuntimeError, tmp_path: Path) -> None:
+    class Hungry(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny_net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise error
+
+    with pytest.raises(
+        RuntimeError,
+        match=r"out of memory at step 0 with batch size 16 \(16 on each of 1 processes\): give a smaller --batch-size",
+    ):
+        tiny_fit(tmp_path, Hungry(), gradients=False)
+
+
+def test_other_errors_come_through_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        tiny_fit(tmp_path, nn.Sequential(nn.Flatten(), nn.Linear(5, 3)))
+    assert not (tmp_path / "lock").exists()
+
+
+def test_meter_remembers_the_first_bad_step() -> None:
+    meter = Meter(torch.device("cpu"))
+    for step, loss in enumerate([1.0, float("nan"), 2.0, float("inf")]):
+        meter.note_loss(torch.tensor(loss), step)
+    assert meter.peek()[3] == 1
+    meter.reset()
+    assert meter.read()[3] == 1
+
+
+def test_fit_works_in_a_thread(tmp_path: Path) -> None:
+    """Signal handlers belong to the main thread; elsewhere a run does without."""
+    results: list[Result] = []
+    thread = threading.Thread(target=lambda: results.append(tiny_fit(tmp_path)))
+    thread.start()
+    thread.join()
+    assert len(results) == 1
+
+
+# What people see
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_terminal_gets_a_bar_and_files_get_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_fit(tmp_path / "lines", progress=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("tiny  epoch 2/2  train loss ")
+    assert " img/s  0:00 left" in lines[1]
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr("resblocks.training.log.RunLog.due", lambda self: self._bar is not None)
+    tiny_fit(tmp_path / "bar", progress=True)
+    shown = terminal.getvalue()
+    for part in ("tiny", "100%", "img/s", "loss", "acc", "epoch 2/2"):
+        assert part in shown, part
+
+
+def test_quiet_is_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_fit(tmp_path, progress=False)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [("matplotlib", "train"), ("torch.utils.tensorboard", "tensorboard"), ("safetensors.torch", "train")],
+)
+def test_missing_extra_says_how_to_install_it(
+    module: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    work = {
+        "matplotlib": lambda: draw_figures([_made_up("resnet18", 1)], tmp_path),
+        "torch.utils.tensorboard": lambda: tiny_fit(tmp_path, tensorboard=True),
+        "safetensors.torch": lambda: tiny_fit(tmp_path),
+    }[module]
+    with pytest.raises(ImportError, match=rf'pip install "resblocks\[{extra}\]"'):
+        work()
+
+
+def test_core_does_not_import_the_training_part() -> None:
+    heavy = ("resblocks.training", "torchvision", "matplotlib", "sklearn", "rich")
+    code = f"import sys, resblocks; print([name for name in {heavy} if name in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+# Experiments, tables, figures
+
+
+def _made_up(name: str, seed: int, epochs: int = 3) -> Result:
+    """A result with numbers of its own."""
+    settings = {
+        "dataset": {"name": "tiny", "split": "test"},
+        "recipe": {"name": "paper"},
+        "seed": seed,
+        "precision": "float32",
+    }
+    record = {
+        "train_loss": 1.0,
+        "train_accuracy_percent": 50.0,
+        "eval_loss": 1.25,
+        "eval_accuracy_percent": 40.0,
+        "seconds": 1.5,
+    }
+    layers = [{"name": f"layer{n}.weight", "mean_abs": 10.0**-n, "norm": 1.0} for n in range(1, 5)]
+    layers.append({"name": "block.shortcut.conv.weight", "mean_abs": 1.0, "norm": 1.0})
+    history = [
+        {**record, "epoch": epoch, "eval_accuracy_percent": 40.0 + epoch + seed} for epoch in range(1, epochs + 1)
+    ]
+    return Result(
+        name, 11_173_962, settings, {}, history, [{"epoch": epoch, "layers": layers} for epoch in range(epochs + 1)]
+    )
+
+
+def test_table_has_the_papers_numbers_beside_ours() -> None:
+    table = results_table([_made_up(name, seed) for seed, name in enumerate(PAPER)], on_cifar10=True).splitlines()
+    header = ["net", "accuracy (%)", "paper (%)", "loss", "parameters", "training (s)"]
+    assert [cell.strip() for cell in table[0].split("|")[1:-1]] == header
+    assert [cell.strip() for cell in table[4].split("|")[1:-1]] == [
+        "ResNet-18",
+        "45.00",
+        "89.9",
+        "1.2500",
+        "11,173,962",
+        "4.5",
+    ]
+    assert len({len(line) for line in table}) == 1
+    assert "89.9" not in results_table([_made_up("resnet18", 0)], on_cifar10=False)
+
+
+def test_figures_show_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resblocks.training import figures
+
+    kept: dict[str, Any] = {}
+    original = figures._save
+
+    def keep(figure: Any, path: Path, formats: Any) -> list[Path]:
+        kept[path.name] = {
+            axes.get_title(): [(line.get_label(), line.get_ydata().tolist()) for line in axes.lines]
+            for axes in figure.axes
+        }
+        return original(figure, path, formats)
+
+    monkeypatch.setattr(figures, "_save", keep)
+    results = [_made_up(name, seed) for seed, name in enumerate(PAPER)]
+    files = draw_figures(results, tmp_path, ("png", "svg"))
+    assert [file.name for file in files[::2]] == [
+        f"figure{name}.png"
+        for name in ("1_training", "2_validation", "3_gradients", "4_training_all", "5_validation_all")
+    ]
+    for file in files[::2]:
+        with Image.open(file) as image:
+            assert image.size[0] > 1000
+            assert len(set(image.convert("L").resize((64, 64)).tobytes())) > 10
+    two, three = ["Baseline CNN", "ResNet-18"], ["Baseline CNN", "ResNet-18 without skips", "ResNet-18"]
+    for name, labels in (("figure2_validation", two), ("figure5_validation_all", three)):
+        lines = kept[name]["Accuracy, test set"]
+        assert [label for label, _ in lines] == labels
+        assert lines[-1][1] == [43.0, 44.0, 45.0]
+    gradients = kept["figure3_gradients"]["At initialisation"]
+    assert gradients[0] == ("Baseline CNN", [0.1, 0.01, 0.001, 0.0001])  # the projection is left out
+
+
+def test_figures_need_results(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one finished epoch"):
+        draw_figures([], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variant", "params"), [("resnet18", 11_173_962), ("resnet18_noskip", 11_000_138), ("resnet20", 269_722)]
+)
+def test_variants_are_the_papers_nets(variant: str, params: int) -> None:
+    images, labels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    data = Dataset("x", tuple("abcdefghij"), images, labels, images, labels)
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in build_net(variant, data).parameters()) == params
+
+
+def test_wrong_name_stops_before_the_first_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="resnet19"):
+        run_variants(["resnet20", "resnet19"], load_digits(), Recipe(), out=tmp_path)
+    with pytest.raises(ValueError, match="models must differ"):
+        run_variants(["resnet20", "resnet20"], load_digits(), Recipe(), out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _example(monkeypatch: pytest.MonkeyPatch, out: Path, *more: str) -> None:
+    arguments = [
+        "--dataset",
+        "digits",
+        "--models",
+        "resnet20",
+        "resnet20_noskip",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--precision",
+        "float32",
+    ]
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *arguments, "--out", str(out), *more])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
+def test_example_runs_resumes_and_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _example(monkeypatch, tmp_path)
+    first = capsys.readouterr().out
+    assert "| resnet20_noskip |" in first
+    assert "epoch 1/1" in first
+    written = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [run["name"] for run in written] == ["resnet20", "resnet20_noskip"]
+    assert len(list(tmp_path.glob("figure*.png"))) == 5
+    _example(monkeypatch, tmp_path)
+    again = capsys.readouterr().out
+    assert "epoch 1/1" not in again  # finished nets are not trained again
+    assert again.splitlines()[-6:-1] == first.splitlines()[-6:-1]
+    with pytest.raises(
+        SystemExit, match=r"error: out: .* holds a run of other settings .recipe.lr is 0.05 there, 0.1 now"
+    ):
+        _example(monkeypatch, tmp_path, "--lr", "0.1")
+
+
+def test_example_refuses_missing_data_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys, "argv", [str(EXAMPLE), "--data-dir", str(tmp_path / "none.tar.xz"), "--out", str(tmp_path / "out")]
+    )
+    with pytest.raises(SystemExit, match=r"error: CIFAR-10: .*none.tar.xz is not there.*--dataset digits"):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert not (tmp_path / "out").exists()
+
+
+def test_entry_reaches_every_option_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        entry.main(["--help"])
+    shown = capsys.readouterr().out
+    for name in Recipe.__dataclass_fields__:
+        assert name == "name" or f"--{name.replace('_', '-')}" in shown
+    for default in ("(default: resnet18)", "(default: cifar10)", "(default: 300.0)", "he2015"):
+        assert default in shown
+
+
+def test_entry_passes_the_options_on(tmp_path: Path) -> None:
+    text = "--models resnet20 --dataset digits --device cpu --precision float32 --validation 200 --seed 5 --epochs 1"
+    text += " --batch-size 200 --lr 0.03 --no-nesterov --schedule steps --milestones 0.4 0.8 --crop 0 --cutout 3"
+    text += " --tta flip --label-smoothing 0.1 --no-gradients --no-progress --svg"
+    entry.main([*text.split(), "--out", str(tmp_path)])
+    (run,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    recipe = run["settings"]["recipe"]
+    expected = {
+        "batch_size": 200,
+        "lr": 0.03,
+        "nesterov": False,
+        "schedule": "steps",
+        "milestones": [0.4, 0.8],
+        "cutout": 3,
+        "tta": "flip",
+        "label_smoothing": 0.1,
+    }
+    assert {key: recipe[key] for key in expected} == expected
+    assert (run["settings"]["dataset"]["split"], run["settings"]["seed"], run["gradients"]) == ("validation", 5, [])
+    assert (tmp_path / "figure1_training.svg").exists()
+
+
+@pytest.mark.slow
+def test_compiled_net_trains_to_the_same_numbers(tmp_path: Path) -> None:
+    compiled, eager = (tiny_fit(tmp_path / str(on), compile=on) for on in (True, False))
+    assert compiled.epochs[-1]["eval_loss"] == pytest.approx(eager.epochs[-1]["eval_loss"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_example_under_torchrun(tmp_path: Path) -> None:
+    options = [
+        "--dataset",
+        "digits",
+        "--models",
+        "resnet20",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(EXAMPLE), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("| resnet20") == 1  # the first process speaks
+    assert json.loads((tmp_path / "results.json").read_text())["results"][0]["environment"]["processes"] == 2

@@ -1,0 +1,105 @@
+"""Two real gloo processes: the same order and the same bits, and no hang when one of them fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import training_workers as workers
+from safetensors.torch import load_file
+from training_workers import STEPS, error_of, run, weights_of
+
+from resblocks.training import Result, load_checkpoint
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unbroken run of two ranks, with the rows that each step took."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    out.mkdir()
+    assert run(out, (workers.record_rows, (str(out),)), ranks=2) == [0, 0]
+    return out
+
+
+def _rows(out: Path, rank: int) -> list[list[int]]:
+    return [json.loads(line) for line in (out / f"rows{rank}").read_text().splitlines()]
+
+
+def test_two_ranks_take_the_images_that_one_takes(two: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.record_rows, (str(tmp_path),))) == [0]
+    together = [first + second for first, second in zip(_rows(two, 0), _rows(two, 1), strict=True)]
+    assert together == _rows(tmp_path, 0)
+    assert len(together) == STEPS
+    epoch = [row for step in together[:5] for row in step]
+    assert len(set(epoch)) == 80  # no image twice in an epoch
+    assert together[:5] != together[5:]  # another order in the next one
+
+
+def _plain_net() -> torch.nn.Module:
+    """Without batch norm and dropout, whose results rightly depend on the division into ranks."""
+    return workers.tiny_net(norm=False, dropout=0.0)
+
+
+def test_two_ranks_equal_one_to_rounding(tmp_path: Path) -> None:
+    assert run(tmp_path / "one", make_net=_plain_net) == [0]
+    assert run(tmp_path / "two", make_net=_plain_net, ranks=2) == [0, 0]
+    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
+    one_run, two_run = (Result.read(tmp_path / name / "result.json") for name in ("one", "two"))
+    for a, b in zip(one_run.epochs, two_run.epochs, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+        assert a["eval_loss"] == pytest.approx(b["eval_loss"], rel=1e-5)
+        assert a["eval_accuracy_percent"] == pytest.approx(b["eval_accuracy_percent"])
+
+
+@pytest.mark.parametrize("step", [0, 3, 5, 8])
+def test_killed_ranks_go_on_to_the_same_bits(step: int, two: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.kill_at_step, (step,)), ranks=2) == [-signal.SIGKILL] * 2
+    assert run(tmp_path, ranks=2) == [0, 0]
+    assert weights_of(tmp_path) == weights_of(two)
+
+
+def test_signal_to_one_rank_stops_both_and_saves(two: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.signal_on_rank, (1, signal.SIGTERM, 6)), ranks=2) == [143, 143]
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    assert found[1]["step"] == 7
+    assert run(tmp_path, ranks=2) == [0, 0]
+    assert weights_of(tmp_path) == weights_of(two)
+
+
+def test_non_finite_loss_on_one_rank_stops_both(tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.nan_on_rank, (1, 4)), ranks=2) == [1, 1]
+    for rank in (0, 1):
+        assert "the loss of tiny was infinite or NaN at step 4" in error_of(tmp_path, rank)
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    assert found[1]["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in found[1]["net"].values())
+
+
+def test_silent_rank_ends_the_run_with_an_error(tmp_path: Path) -> None:
+    codes = run(tmp_path, (workers.sleep_on_rank, (1, 4, 9.0)), ranks=2, timeout_seconds=3.0)
+    assert codes[0] == 1
+    assert "another process died or was silent too long at step 4; the last checkpoint stays" in error_of(tmp_path)
+
+
+def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    recipe = workers.Recipe(name="odd", epochs=1, batch_size=15, crop=0)
+    assert run(tmp_path, ranks=2, recipe=recipe) == [1, 1]
+    assert "batch_size must be a multiple of the 2 processes, got 15" in error_of(tmp_path, 1)
+
+
+def test_error_of_the_first_rank_reaches_all(tmp_path: Path) -> None:
+    with workers.FolderLock(tmp_path):
+        assert run(tmp_path, ranks=2) == [1, 1]
+    assert "in use by another run" in error_of(tmp_path, 0)
+    assert "on the first process: " in error_of(tmp_path, 1)
+    assert "in use by another run" in error_of(tmp_path, 1)

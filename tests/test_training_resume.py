@@ -1,0 +1,252 @@
+"""kill -9, signals, full disks and damaged files, all of them real: the run goes on and ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import training_workers as workers
+from training_workers import RECIPE, STEPS, error_of, run, tiny_fit, tiny_net, weights_of
+
+from resblocks.training import FolderLock, Result, load_checkpoint, load_weights, save_checkpoint
+from resblocks.training.checkpoint import digest_path, list_checkpoints
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and resource limits of POSIX")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    assert run(out) == [0]
+    return weights_of(out)
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_kill_at_any_step_changes_no_bit(step: int, unbroken: bytes, tmp_path: Path) -> None:
+    assert run(tmp_path / "run", (workers.kill_at_step, (step,))) == [-signal.SIGKILL]
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+    assert run(tmp_path / "run") == [0]
+    assert weights_of(tmp_path / "run") == unbroken
+
+
+@pytest.mark.parametrize("moment", ["half written", "before rename", "after rename"])
+@pytest.mark.parametrize("call", [1, 2, 3, 4, 9, 14, 16])  # run.json, digests, checkpoints, weights, result.json
+def test_kill_while_writing_changes_no_bit(call: int, moment: str, unbroken: bytes, tmp_path: Path) -> None:
+    assert run(tmp_path / "run", (workers.kill_in_write, (call, moment))) == [-signal.SIGKILL]
+    assert run(tmp_path / "run") == [0]
+    assert weights_of(tmp_path / "run") == unbroken
+    assert not list((tmp_path / "run").glob(".tmp-*"))
+
+
+def test_killed_again_and_again_changes_no_bit(unbroken: bytes, tmp_path: Path) -> None:
+    codes = [run(tmp_path / "run", (workers.kill_at_step, (step,)))[0] for step in (1, 3, 6, 9)]
+    assert codes == [-signal.SIGKILL] * 4
+    assert run(tmp_path / "run") == [0]
+    assert weights_of(tmp_path / "run") == unbroken
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_and_exits(number: int, code: int, unbroken: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(out, (workers.signal_at_step, (number, 6)), checkpoint_steps=0) == [code]
+    found = load_checkpoint(out)
+    assert found is not None
+    assert found[1]["step"] == 7  # the step in which it came is done and saved
+    assert not (out / "lock").exists()
+    assert run(out) == [0]
+    assert weights_of(out) == unbroken
+
+
+def test_handlers_come_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    tiny_fit(tmp_path / "run")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_history_of_a_broken_run_is_that_of_an_unbroken_one(tmp_path: Path) -> None:
+    whole = tiny_fit(tmp_path / "whole")
+    assert run(tmp_path / "broken", (workers.kill_at_step, (8,))) == [-signal.SIGKILL]
+    broken = tiny_fit(tmp_path / "broken")
+    for key in ("epoch", "step", "lr", "train_loss", "train_accuracy_percent", "eval_loss", "eval_accuracy_percent"):
+        assert [epoch[key] for epoch in broken.epochs] == [epoch[key] for epoch in whole.epochs]
+    assert broken.gradients == whole.gradients
+
+
+def _damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "flipped bit":
+        content[len(content) // 2] ^= 1
+    path.write_bytes(
+        {"truncated": content[: len(content) // 2], "empty": b"", "text": b"no checkpoint"}.get(how, content)
+    )
+    if how == "no digest":
+        digest_path(path).unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped bit", "truncated", "empty", "text", "no digest"])
+def test_damaged_checkpoint_is_named_and_the_one_before_used(how: str, unbroken: bytes, tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.kill_at_step, (9,))) == [-signal.SIGKILL]
+    older, newest = list_checkpoints(tmp_path)
+    _damage(newest, how)
+    with pytest.warns(UserWarning, match=newest.name):
+        found = load_checkpoint(tmp_path)
+    assert found is not None
+    assert found[0] == older
+    assert run(tmp_path) == [0]
+    assert weights_of(tmp_path) == unbroken
+
+
+def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    tiny_fit(tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step000000008-epoch00001.pt",
+        "step000000010-epoch00002.pt",
+    ]
+    assert all(digest_path(path).exists() for path in list_checkpoints(tmp_path))
+
+
+def test_full_disk_keeps_what_was_there(unbroken: bytes, tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.kill_at_step, (7,))) == [-signal.SIGKILL]
+    before = {path: path.read_bytes() for path in list_checkpoints(tmp_path)}
+    assert run(tmp_path, (workers.full_disk, (2000,))) == [1]
+    message = error_of(tmp_path)
+    assert "no checkpoint at step 8" in message
+    assert "File too large" in message
+    assert f"{max(before)} is kept" in message
+    assert {path: path.read_bytes() for path in list_checkpoints(tmp_path)} == before
+    assert not list(tmp_path.glob(".tmp-*"))
+    assert run(tmp_path) == [0]
+    assert weights_of(tmp_path) == unbroken
+
+
+def test_checkpoint_holds_tensors_and_plain_types(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"net": {"weight": torch.ones(2)}, "step": 3}, step=3, epochs_done=0)
+    found = load_checkpoint(tmp_path)  # weights_only=True
+    assert found is not None
+    assert torch.equal(found[1]["net"]["weight"], torch.ones(2))
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_non_finite_loss_stops_before_the_update(ahead: int, tmp_path: Path) -> None:
+    """The weights in memory are those of the last good step, and no bad checkpoint is written."""
+    good, bad = tiny_net(), tiny_net()
+    with pytest.raises(SystemExit, match="143"):
+        _fit_with_fault(tmp_path / "good", good, "signal", 4 - 1)
+    with pytest.raises(
+        RuntimeError, match=r"at step 4 \(epoch 1\), learning rate 0.03\d+; that update was not made .*step000000004"
+    ):
+        _fit_with_fault(tmp_path / "bad", bad, "nan", 4, checkpoint_steps=2 - ahead)
+    for name, tensor in good.named_parameters():
+        assert torch.equal(tensor, dict(bad.named_parameters())[name]), name
+
+
+def _fit_with_fault(out: Path, net: torch.nn.Module, fault: str, step: int, **options: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        from resblocks.training.loop import Loop
+
+        patch.setattr(Loop, "batch", Loop.batch)  # the faults below replace it
+        if fault == "nan":
+            workers.nan_on_rank(0, step)
+        else:
+            workers.signal_at_step(signal.SIGTERM, step)
+        tiny_fit(out, net, **options)
+
+
+def test_weights_that_went_bad_are_not_saved(tmp_path: Path) -> None:
+    net = tiny_net()
+    with torch.no_grad():
+        net[1].running_mean.fill_(float("inf"))  # training does not read it
+    with pytest.raises(RuntimeError, match="weights of tiny became infinite or NaN by step 2"):
+        tiny_fit(tmp_path, net)
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_finished_run_is_read_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first_net, second_net = tiny_net(), tiny_net()
+    first = tiny_fit(tmp_path, first_net)
+    monkeypatch.setattr("resblocks.training.loop.Loop.train_step", None)  # would raise
+    second = tiny_fit(tmp_path, second_net)
+    assert second == first
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first_net.state_dict().values(), second_net.state_dict().values(), strict=True)
+    )
+
+
+def test_damaged_final_weights_are_made_again(unbroken: bytes, tmp_path: Path) -> None:
+    tiny_fit(tmp_path)
+    _damage(tmp_path / "weights.safetensors", "flipped bit")
+    with pytest.raises(RuntimeError, match="damaged"):
+        load_weights(tmp_path / "weights.safetensors", tiny_net())
+    tiny_fit(tmp_path)
+    assert weights_of(tmp_path) == unbroken
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed is 0 there, 1 now"),
+        (
+            {"recipe": RECIPE.__class__(**{**RECIPE.as_dict(), "milestones": (), "epochs": 3})},
+            "recipe.epochs is 2 there, 3 now",
+        ),
+        ({"name": "other"}, "net.name is 'tiny' there, 'other' now"),
+    ],
+)
+def test_folder_of_other_settings_is_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    tiny_fit(tmp_path)
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        tiny_fit(tmp_path, **change)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir()) == before
+
+
+def test_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:
+    with FolderLock(tmp_path), pytest.raises(RuntimeError, match=f"in use by another run .process {os.getpid()}"):
+        tiny_fit(tmp_path)
+    with FolderLock(tmp_path):
+        assert run(tmp_path) == [1]
+    assert "in use by another run" in error_of(tmp_path)
+    assert run(tmp_path) == [0]
+
+
+@pytest.mark.parametrize(
+    "content", ["", '{"pid": 4194304, "host": "HERE"}']
+)  # killed while locking; above the largest pid
+def test_lock_of_a_dead_process_is_taken_over(content: str, tmp_path: Path) -> None:
+    import socket
+
+    (tmp_path / "lock").write_text(content.replace("HERE", socket.gethostname()))
+    with FolderLock(tmp_path) as lock:
+        assert json.loads(lock.path.read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "lock").exists()
+
+
+def test_lock_of_another_host_is_respected(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text('{"pid": 1, "host": "elsewhere"}')
+    with pytest.raises(RuntimeError, match=r"process 1 on elsewhere.*remove .*lock if that run is gone"):
+        FolderLock(tmp_path).acquire()
+    assert (tmp_path / "lock").exists()
+
+
+def test_gradients_are_recorded_without_a_trace_in_the_training(unbroken: bytes, tmp_path: Path) -> None:
+    tiny_fit(tmp_path / "with", gradients=True)
+    tiny_fit(tmp_path / "without", gradients=False)
+    assert weights_of(tmp_path / "with") == weights_of(tmp_path / "without") == unbroken
+    recorded = Result.read(tmp_path / "with" / "result.json").gradients
+    assert [record["epoch"] for record in recorded] == [0, 1, 2]
+    assert [layer["name"] for layer in recorded[0]["layers"]] == ["0.weight", "6.weight"]
+    assert all(layer["mean_abs"] > 0 for layer in recorded[0]["layers"])
+
+
+def test_log_tells_the_story(tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.kill_at_step, (7,))) == [-signal.SIGKILL]
+    tiny_fit(tmp_path)
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["start", "epoch", "resume", "epoch", "end"]
+    assert events[2]["step"] == 6

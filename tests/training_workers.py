@@ -1,0 +1,227 @@
+"""What the reliability tests run in other processes: a tiny experiment, and the faults that hit it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resblocks.training import Dataset, FolderLock, Ranks, Recipe, fit
+
+# Workers are forked from a server that has imported torch but never used it: quick, and safe for autograd and OpenMP.
+CONTEXT = multiprocessing.get_context("forkserver")
+_LAZY = [
+    "torch._dynamo",
+    "torch.distributed",
+    "safetensors.torch",
+    "torch.nn.parallel.distributed",
+]  # torch imports these late
+CONTEXT.set_forkserver_preload(["resblocks.training", "resblocks.diagnostics", *_LAZY])
+
+__all__ = ["FolderLock", "Recipe"]  # for the tests
+
+RECIPE = Recipe(name="tiny", epochs=2, batch_size=16, lr=0.05, crop=1, cutout=2)
+STEPS = 10  # two epochs of five
+
+
+def tiny_dataset(count: int = 85) -> Dataset:
+    """85 images of 6x6: five batches of 16 and a rest that is dropped."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (count, 3, 6, 6), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(3, (count,), generator=generator)
+    return Dataset("tiny", ("a", "b", "c"), images[:-4], labels[:-4], images[-40:], labels[-40:])
+
+
+def tiny_net(norm: bool = True, dropout: float = 0.3) -> nn.Module:
+    """Convolution, batch norm and dropout: weights, buffers and randomness, all that a resume can lose."""
+    torch.manual_seed(7)
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8) if norm else nn.Identity(),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+    ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+def tiny_fit(out: Path, net: nn.Module | None = None, recipe: Recipe = RECIPE, **options: Any) -> Any:
+    torch.set_num_threads(1)
+    options = {"device": "cpu", "progress": False, "checkpoint_steps": 2, "name": "tiny", **options}
+    return fit(net or tiny_net(), tiny_dataset(), recipe, out=out, **options)
+
+
+# Faults: each is called in the worker before training
+
+
+def no_fault() -> None:
+    pass
+
+
+def kill_at_step(step: int) -> None:
+    """kill -9 by the process itself, in the middle of the step that is counted as `step`."""
+    from resblocks.training.loop import Loop
+
+    original = Loop.batch
+
+    def batch(self: Loop, at: int) -> Any:
+        if at == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, at)
+
+    Loop.batch = batch  # type: ignore[method-assign]
+
+
+def kill_in_write(call: int, moment: str) -> None:
+    """kill -9 around the `call`-th rename, or with half of the `call`-th file written."""
+    from resblocks.training import files
+
+    replace, calls = os.replace, 0
+
+    def die(half: Path | None = None) -> None:
+        if half is not None:
+            half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def faulty(source: Any, target: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call and moment != "after rename":
+            die(Path(source) if moment == "half written" else None)
+        replace(source, target)
+        if calls == call:
+            die()
+
+    files.os.replace = faulty  # type: ignore[assignment]
+
+
+def full_disk(limit: int) -> None:
+    """No file may grow beyond `limit` bytes: the same error path as a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def signal_at_step(number: int, step: int) -> None:
+    """A real signal to this process while it computes `step`."""
+    from resblocks.training.loop import Loop
+
+    original = Loop.batch
+
+    def batch(self: Loop, at: int) -> Any:
+        if at == step:
+            os.kill(os.getpid(), number)
+        return original(self, at)
+
+    Loop.batch = batch  # type: ignore[method-assign]
+
+
+def signal_on_rank(rank: int, number: int, step: int) -> None:
+    """The same to one rank only."""
+    if os.environ.get("RANK") == str(rank):
+        signal_at_step(number, step)
+
+
+def nan_on_rank(rank: int, step: int) -> None:
+    """The labels of one rank's batch stay, its images become NaN."""
+    from resblocks.training.loop import Loop
+
+    original = Loop.batch
+
+    def batch(self: Loop, at: int) -> Any:
+        images, labels = original(self, at)
+        return (images * float("nan") if at == step and self.ranks.rank == rank else images), labels
+
+    Loop.batch = batch  # type: ignore[method-assign]
+
+
+def sleep_on_rank(rank: int, step: int, seconds: float) -> None:
+    """One rank hangs."""
+    from resblocks.training.loop import Loop
+
+    original = Loop.batch
+
+    def batch(self: Loop, at: int) -> Any:
+        if at == step and self.ranks.rank == rank:
+            time.sleep(seconds)
+        return original(self, at)
+
+    Loop.batch = batch  # type: ignore[method-assign]
+
+
+def record_rows(folder: str) -> None:
+    """Write down which images each step of each rank takes."""
+    from resblocks.training import loop
+
+    original = loop.augment
+
+    def spy(images: Any, rows: Any, *rest: Any) -> Any:
+        with (Path(folder) / f"rows{os.environ.get('RANK', '0')}").open("a") as file:
+            file.write(json.dumps(rows.tolist()) + "\n")
+        return original(images, rows, *rest)
+
+    loop.augment = spy
+
+
+# Running them
+
+
+def _worker(
+    out: str, faults: list[tuple[Callable[..., None], tuple[Any, ...]]], options: dict[str, Any], env: dict[str, str]
+) -> None:
+    os.environ.update(env)
+    for fault, arguments in faults:
+        fault(*arguments)
+    net = options.pop("make_net", tiny_net)()
+    timeout = options.pop("timeout_seconds", 60.0)
+    try:
+        ranks = Ranks.from_env(timeout_seconds=timeout)
+        tiny_fit(Path(out), net, ranks=ranks, **options)
+    except Exception as error:
+        Path(out).mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):
+            (Path(out) / f"error{env.get('RANK', '0')}.txt").write_text(f"{type(error).__name__}: {error}")
+        os._exit(1)
+    except SystemExit as stop:
+        os._exit(int(stop.code or 0))
+    os._exit(0)
+
+
+def run(
+    out: Path, *faults: tuple[Callable[..., None], tuple[Any, ...]], ranks: int = 1, limit: float = 60, **options: Any
+) -> list[int | None]:
+    """Train in `ranks` new processes and return their exit codes (-9: killed); who is late is killed."""
+    env: dict[str, str] = {}
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in range(ranks):
+        mine = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else env
+        processes.append(CONTEXT.Process(target=_worker, args=(str(out), list(faults), options, mine)))
+        processes[-1].start()
+    deadline = time.monotonic() + limit
+    for process in processes:
+        process.join(max(0.1, deadline - time.monotonic()))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def error_of(out: Path, rank: int = 0) -> str:
+    return (out / f"error{rank}.txt").read_text()
+
+
+def weights_of(out: Path) -> bytes:
+    return (out / "weights.safetensors").read_bytes()
