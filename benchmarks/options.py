@@ -1,6 +1,6 @@
 """The table of options in docs/options.md: each value is built, run and differentiated in every block and every dims.
 
-    python benchmarks/report.py    # writes it
+python benchmarks/report.py    # writes it
 """
 
 from __future__ import annotations
