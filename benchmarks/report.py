@@ -13,11 +13,15 @@ import json
 import re
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import compat
 import options
 
+from resblocks import DenseNet, ResNet
+from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION
 from resblocks.training.experiment import PAPER, TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,7 +121,68 @@ def options_table() -> str:
     return table(["option", "value", "source", "blocks", "dims"], options.rows(), "lllll")
 
 
-TABLES = {"complexity": complexity_table, "options": options_table, "results": result_tables}
+def names_table(library: str) -> str:
+    """For each name of a library the call that builds our net, and how far it is from theirs."""
+    measured = json.loads((RESULTS / "names_cpu_2026-11.json").read_text(encoding="utf-8"))
+    rows = []
+    for name, build in {"torchvision": TORCHVISION, "timm": TIMM}[library].items():
+        row = measured["rows"].get(f"{library}:{name}")
+        apart = [f"{row[what]:.0e}" if row[what] else "0" for what in MEASURED] if row else ["not run"] * len(MEASURED)
+        equal = {True: "yes", False: "no"}[row["equal"]] if row else "not run"
+        rows.append([f"`{name}`", f"`{call(build)}`", *apart, row["dtype"] if row else "", equal])
+    return table(["name", "call", *MEASURED.values(), "in", "equal"], rows, "llrrrrll")
+
+
+def names_out_table() -> str:
+    """The residual names of timm that are out."""
+    return table(["name in timm", "why it is out"], [[f"`{name}`", why] for name, why in TIMM_OUT.items()], "ll")
+
+
+def compat_table() -> str:
+    """Which tool gives the numbers of which net."""
+    measured = json.loads((RESULTS / "compat_cpu_2026-11.json").read_text(encoding="utf-8"))["rows"]
+    checks, rows, failures = list(compat.CHECKS), [], []
+    for net in [net for net in compat.NETS if net in measured]:
+        cells = []
+        for check in checks:
+            outcome = measured[net].get(check, {"outcome": "not run"})["outcome"]
+            if outcome not in ("pass", "not run"):
+                why = compat.IMPOSSIBLE.get((net, check), outcome)
+                failures.append(f"- {net}, {check}: {why}")
+                outcome = "no"
+            cells.append(outcome)
+        rows.append([net if net in compat.SMALL else f"`{net}`", *cells])
+    said = "\n".join(["", *failures, ""]) if failures else ""
+    return table(["net", *checks], rows, "l" * (1 + len(checks))) + said
+
+
+def call(build: Any) -> str:
+    """A partial as the call that it makes."""
+    if isinstance(build, partial):
+        said = [call(argument) for argument in build.args]
+        said += [f"{name}={call(value)}" for name, value in build.keywords.items()]
+        inner = (
+            f"partial({build.func.__name__}, " if build.func not in (ResNet, DenseNet) else f"{build.func.__name__}("
+        )
+        return f"{inner}{', '.join(said)})"
+    return build.__name__ if callable(build) else repr(build)
+
+
+MEASURED = {
+    "logits": "logits",
+    "train_logits": "logits in training",
+    "gradients": "gradients of weights",
+    "input_gradient": "gradient of input",
+}
+TABLES = {
+    "complexity": complexity_table,
+    "compat": compat_table,
+    "names-out": names_out_table,
+    "names-timm": partial(names_table, "timm"),
+    "names-torchvision": partial(names_table, "torchvision"),
+    "options": options_table,
+    "results": result_tables,
+}
 
 
 def rewrite(text: str) -> str:

@@ -11,6 +11,7 @@ from resblocks.blocks import (
     Transition,
     WideBlock,
 )
+from resblocks.config import from_config
 from resblocks.init import init_weights
 from resblocks.layers import (
     CBAM,
@@ -84,6 +85,7 @@ __all__ = [
     "cbam",
     "create_model",
     "freeze_norm",
+    "from_config",
     "gated",
     "group_norm",
     "init_weights",

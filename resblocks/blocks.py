@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from resblocks.dense import run_block, run_pool
+from resblocks.dense_plan import Memory, check_memory, pool_commutes
 from resblocks.layers import avg_pool, named
 from resblocks.options import BlockLayers, BlockOptions, LayerOptions, Layers, check_positive
 from resblocks.residual import Concat, Residual
@@ -354,12 +356,18 @@ class DenseBlock(nn.Sequential):
         bn_size: as in `DenseLayer`.
         dilation: as in `DenseLayer`.
         skip: False chains the layers without concatenation; the attribute `out_channels` tells what comes out.
+        memory: "shared" keeps for backward the maps and the output of each 1x1 convolution and rebuilds the normalised
+            maps from statistics taken once; "lean" keeps the maps alone; "plain" calls the layers one by one. Results,
+            gradients, running statistics and state dict are the same. `resblocks.dense` says how it works and
+            where the layers are called one by one all the same (hooks on them, another norm, torch.compile, ...).
+            Only "plain" can be differentiated twice.
         options: `resblocks.options.BlockLayers` documents them.
 
     Shape: (N, in_channels, H, W) -> (N, out_channels, H, W); likewise in 1D and 3D.
 
     Raises:
-        ValueError: out_channels - in_channels is not a positive multiple of growth_rate; as `DenseLayer`.
+        ValueError: out_channels - in_channels is not a positive multiple of growth_rate, memory is none of these; as
+            `DenseLayer`.
     """
 
     preactivated = True
@@ -374,11 +382,13 @@ class DenseBlock(nn.Sequential):
         bn_size: int | None = 4,
         dilation: int = 1,
         skip: bool = True,
+        memory: Memory = "shared",
         **options: Unpack[BlockOptions],
     ) -> None:
         super().__init__()
         growth = check_growth(in_channels, out_channels, stride)
         check_positive(growth_rate=growth_rate)
+        check_memory(memory)
         if growth % growth_rate:
             raise ValueError(
                 f"out_channels - in_channels must be a multiple of growth_rate, got {out_channels} - {in_channels} "
@@ -391,26 +401,63 @@ class DenseBlock(nn.Sequential):
             )
             self.add_module(f"layer{number}", layer)
             channels = layer.out_channels
-        self.out_channels = channels
+        self.memory, self.out_channels = memory, channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = run_block(self, x, self.memory)
+        if out is None:
+            out = x
+            for layer in self:
+                out = layer(out)
+        return out
 
 
 class Transition(nn.Sequential):
     """Norm, activation, 1x1 convolution, average pool between dense blocks (Huang et al. 2017, sec. 3).
 
+    The pool runs before the convolution: both are linear and the one works within positions, the other within
+    channels, so the result is the paper's, at 1 / stride ** 2 of the convolution's cost.
+
     Args:
         in_channels, out_channels: of the convolution; out_channels / in_channels is the compression theta.
         stride: window and step of the pool.
+        memory: "shared" or "lean" keep the input alone for backward and rebuild the activation; "plain" calls the
+            layers one by one.
         options: `resblocks.options.Layers` documents them.
 
     Shape: (N, in_channels, H, W) -> (N, out_channels, H // stride, W // stride); likewise in 1D and 3D.
+
+    Raises:
+        ValueError: a size below 1, memory is none of these.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 2, **options: Unpack[LayerOptions]) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 2,
+        *,
+        memory: Memory = "shared",
+        **options: Unpack[LayerOptions],
+    ) -> None:
         super().__init__()
+        check_memory(memory)
         make = Layers(**options)
         self.norm = make.norm(in_channels)
         self.act = make.activation()
         self.conv = make.conv(in_channels, out_channels, 1)
         check_positive(stride=stride)
         self.pool = make.build(avg_pool, stride)
-        self.out_channels = out_channels
+        self.memory, self.out_channels = memory, out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        *before, first, last = self
+        if pool_commutes(first, last):
+            first, last = last, first
+        out = run_pool(before, first, x, self.memory)
+        if out is None:
+            out = x
+            for layer in (*before, first):
+                out = layer(out)
+        y: Tensor = last(out)
+        return y

@@ -60,9 +60,10 @@ class _WeightStandardised(nn.modules.conv._ConvNd):
     def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.eps = eps
+        self.filter_dims = tuple(range(1, len(self.kernel_size) + 2))  # not asked of the weight, which torch.fx hides
 
     def standardised(self) -> Tensor:
-        var, mean = torch.var_mean(self.weight, tuple(range(1, self.weight.dim())), correction=0, keepdim=True)
+        var, mean = torch.var_mean(self.weight, self.filter_dims, correction=0, keepdim=True)
         return (self.weight - mean) * torch.rsqrt(var + self.eps)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from resblocks.blocks import DenseBlock, Transition
+from resblocks.config import nameless, recorded
+from resblocks.dense_plan import Memory
 from resblocks.init import init_weights, start_weights
 from resblocks.layers import Family, Fixup, GlobalAvgPool, Layer, max_pool, named
 from resblocks.options import LayerOptions, Layers, NetOptions, check_positive, check_probability
@@ -34,6 +36,10 @@ class Network(nn.Module):
     Shape: (N, in_channels, H, W) -> (N, num_classes), or (N, num_features) with num_classes=0; likewise in 1D and 3D.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__init__ = recorded(cls.__init__)  # type: ignore[method-assign]
+
     def __init__(
         self,
         stem: nn.Module,
@@ -54,6 +60,22 @@ class Network(nn.Module):
         self.head: nn.Module
         self.reset_head(num_classes)
         start_weights(self)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The call that builds the net, as plain JSON; `resblocks.config.from_config` makes it.
+
+        It holds the arguments of the constructor, with the head that the net has now. A skip switched at run time is
+        not among them.
+
+        Raises:
+            ValueError: an argument that has no importable name, such as a lambda.
+        """
+        call: dict[str, Any] = self.__dict__.get("built_by", {"nameless": "a Network without a class of its own"})
+        unsaid = nameless(call)
+        if unsaid:
+            raise ValueError(f"config needs arguments that can be imported by name, got {', '.join(unsaid)}")
+        return {**call, "options": {**call["options"], "num_classes": self.num_classes}}
 
     def reset_head(self, num_classes: int) -> None:
         """Replace the head by a new linear layer, or by nothing with num_classes=0, where and as what the net is.
@@ -215,6 +237,7 @@ class DenseNet(Network):
         compression: part of the channels that a transition keeps, theta of the paper; 1 keeps all (no "-C").
         num_classes, in_channels: as in `ResNet`.
         skip: False chains the layers without concatenation.
+        memory: what training keeps for backward, "shared", "lean" or "plain"; see `DenseBlock`.
         options: of dense blocks (`BlockLayers`), stem, transitions and head (`Layers`).
 
     Shape: (N, in_channels, H, W) -> (N, num_classes); likewise in 1D and 3D.
@@ -236,6 +259,7 @@ class DenseNet(Network):
         num_classes: int = 1000,
         in_channels: int = 3,
         skip: bool = True,
+        memory: Memory = "shared",
         **options: Unpack[NetOptions],
     ) -> None:
         check_stages(depths=depths)
@@ -251,10 +275,12 @@ class DenseNet(Network):
         for number, depth in enumerate(depths):
             transition = None
             if number > 0:
-                transition = Transition(channels, max(1, int(channels * compression)), **of_layers)
+                transition = Transition(channels, max(1, int(channels * compression)), memory=memory, **of_layers)
                 channels, total = transition.out_channels, total * 2
             grown = channels + depth * growth_rate
-            block = DenseBlock(channels, grown, growth_rate=growth_rate, bn_size=bn_size, skip=skip, **options)
+            block = DenseBlock(
+                channels, grown, growth_rate=growth_rate, bn_size=bn_size, skip=skip, memory=memory, **options
+            )
             channels = block.out_channels
             stages.append(named(transition=transition, block=block))
             stage_channels.append(channels)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +19,10 @@ def recompute(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> 
     statistics of the batch like the first, but counts them in no running mean (torch.utils.checkpoint alone updates
     them twice, pytorch issue 96136).
     """
-    out: Tensor = checkpoint(run, x, use_reentrant=False, context_fn=partial(_contexts, module))
+    if torch.compiler.is_compiling():  # the compiler takes the updates of statistics out of what it computes twice
+        out: Tensor = checkpoint(run, x, use_reentrant=False)
+    else:
+        out = checkpoint(run, x, use_reentrant=False, context_fn=partial(_contexts, module))
     return out
 
 

@@ -96,6 +96,27 @@ def test_stem_is_built_of_its_layers(stem, size, kinds):
     assert net.stage_strides == (16 // size, 2 * 16 // size)
 
 
+def test_tiered_stem_widens_in_steps():
+    net = small(stem="tiered", stem_width=64)
+    convolutions = [layer for layer in net.stem if isinstance(layer, nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [24, 32, 64]
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "deep", "tiered"])
+def test_stem_pool_takes_the_place_of_the_max_pool(stem):
+    for build in (small, partial(DenseNet, 8, (1, 1))):
+        net = build(stem=stem, stem_pool=rb.blur_downsample)
+        assert type(net.stem.pool) is rb.BlurPool
+        assert count(net.stem, nn.MaxPool2d) == 0
+        assert net.stem(image(3, 16)).shape[2:] == (4, 4)
+
+
+@pytest.mark.parametrize("stem", ["cifar", partial(nn.Conv2d, kernel_size=4, stride=4)])
+def test_stem_pool_needs_a_stem_with_a_pool(stem):
+    with pytest.raises(ValueError, match="stem_pool must be None unless the stem has a pool to replace, got stem="):
+        small(stem=stem, stem_pool=rb.blur_downsample)
+
+
 def test_stem_takes_a_callable():
     net = small(stem=partial(nn.Conv2d, kernel_size=4, stride=4))
     assert net.stage_strides == (4, 8)

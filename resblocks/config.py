@@ -1,0 +1,124 @@
+"""A net as plain JSON: the call that builds it, with classes and functions said by the name they are imported by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+# Where the names of a config may come from: what is imported from there builds nets and does nothing else.
+MODULES = ("resblocks.nets", "resblocks.blocks", "resblocks.layers", "resblocks.shortcuts", "resblocks.interop.names")
+
+
+def to_config(value: Any) -> Any:
+    """A call or one of its arguments as plain JSON.
+
+    A class or function is `{"name": "resblocks.blocks:Bottleneck"}`, a partial has "args" and "options" besides, and
+    what has no importable name (a lambda, a module that is already made) is `{"nameless": ...}` with its repr.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [to_config(item) for item in value]
+    if isinstance(value, partial):
+        options = {name: to_config(option) for name, option in value.keywords.items()}
+        return {**_name(value.func), "args": [to_config(item) for item in value.args], "options": options}
+    return _name(value)
+
+
+def from_config(config: dict[str, Any], *, trust: Sequence[str] = ()) -> Any:
+    """Build the net of a config again, with weights drawn anew.
+
+    Args:
+        config: of a net, as `net.config` says it.
+        trust: modules of your own, whose names the config may hold; a config from a stranger could else run anything.
+
+    Raises:
+        ValueError: a name from elsewhere than resblocks, torch.nn or `trust`, or one that is not there.
+
+    Example:
+        >>> from resblocks import create_model
+        >>> net = create_model("resnet20", num_classes=7)
+        >>> from_config(net.config).num_classes
+        7
+    """
+    return _value(config, tuple(trust))()
+
+
+def recorded(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that keeps the call of the outermost class, arguments as plain JSON."""
+
+    @wraps(init)
+    def record(self: nn.Module, *args: Any, **options: Any) -> None:
+        if "built_by" not in self.__dict__:
+            where = {"device"}  # where a net is made is no part of what it is
+            said = {name: option for name, option in options.items() if name not in where}
+            self.__dict__["built_by"] = to_config(partial(type(self), *args, **said))
+        init(self, *args, **options)
+
+    return record
+
+
+def nameless(config: Any) -> list[str]:
+    """What of a config has no importable name, as repr."""
+    if isinstance(config, list):
+        return [found for item in config for found in nameless(item)]
+    if isinstance(config, dict):
+        parts = [*config.get("args", []), *config.get("options", {}).values()]
+        return ([config["nameless"]] if "nameless" in config else []) + nameless(parts)
+    return []
+
+
+def _name(value: Any) -> dict[str, Any]:
+    if isinstance(value, torch.dtype):
+        return {"name": str(value).replace(".", ":")}
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if isinstance(module, str) and isinstance(name, str):
+        try:
+            if _find(module, name) is value:
+                return {"name": f"{module}:{name}"}
+        except (ImportError, AttributeError):
+            pass
+    return {"nameless": repr(value)}
+
+
+def _value(config: Any, trust: tuple[str, ...]) -> Any:
+    if isinstance(config, list):
+        return tuple(_value(item, trust) for item in config)
+    if not isinstance(config, dict):
+        return config
+    if "nameless" in config:
+        raise ValueError(f"config must hold importable names only, got {config['nameless']}")
+    found = _trusted(config["name"], trust)
+    if "options" not in config:
+        return found
+    options = {name: _value(option, trust) for name, option in config["options"].items()}
+    return partial(found, *[_value(item, trust) for item in config["args"]], **options)
+
+
+def _trusted(full_name: str, trust: tuple[str, ...]) -> Any:
+    module, _, name = full_name.partition(":")
+    if module in (*MODULES, *trust) or module.startswith("torch.nn.modules.") or module == "torch":
+        try:
+            found = _find(module, name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"config must hold names that can be imported, got {full_name!r} ({error})") from error
+        own = getattr(found, "__module__", None) == module
+        builds = own and (module in (*MODULES, *trust) or (isinstance(found, type) and issubclass(found, nn.Module)))
+        if builds or isinstance(found, torch.dtype):
+            return found
+    raise ValueError(
+        f"config must hold names of resblocks or torch.nn, or of modules given in trust, got {full_name!r}; "
+        f"read the config before you trust it"
+    )
+
+
+def _find(module: str, name: str) -> Any:
+    found: Any = import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,235 @@
+"""The names of torchvision and timm that our blocks can say: each is one line of data, the call that builds the net."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from resblocks.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck
+from resblocks.layers import ECA, SE, BlurPool, WSConv2d, group_norm, named
+from resblocks.models import BASIC, BOTTLENECK, MODELS
+from resblocks.nets import DenseNet, Network, ResNet
+
+Build = Callable[..., Network]
+
+# --- the parts in which timm's nets differ from the papers'
+
+
+def conv_pool(channels: int, stride: int) -> nn.Module:
+    """A strided 3x3 convolution in place of the stem's pool (ResNet-RS, Bello et al. 2021)."""
+    conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
+    return named(conv=conv, norm=nn.BatchNorm2d(channels), act=nn.ReLU())
+
+
+def zero_border_pool(channels: int, stride: int) -> nn.Module:
+    """Max-pool that sees zeros beyond the map, not minus infinity (BiT, Kolesnikov et al. 2020)."""
+    return named(border=nn.ConstantPad2d(1, 0.0), pool=nn.MaxPool2d(3, stride))
+
+
+def average(channels: int, stride: int) -> nn.Module:
+    """Average pool of windows as large as the stride."""
+    return nn.AvgPool2d(stride)
+
+
+def blur(channels: int, stride: int) -> nn.Module:
+    """Blur pool that reflects the map at its border."""
+    return BlurPool(channels, stride, border="reflect")
+
+
+def blurred_max_pool(channels: int, stride: int) -> nn.Module:
+    """Max-pool at every position, then a blur pool (Zhang 2019, fig. 3)."""
+    return named(pool=nn.MaxPool2d(3, 1, padding=1), blur=blur(channels, stride))
+
+
+def strided_projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Option B whose convolution keeps its stride in a net that reduces the resolution by pools elsewhere."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+    return named(conv=conv, norm=nn.BatchNorm2d(out_channels))
+
+
+# --- the words of the table
+
+R10, R18, R34, R101, R152, R200, R269 = (
+    (1, 1, 1, 1),
+    (2, 2, 2, 2),
+    (3, 4, 6, 3),
+    (3, 4, 23, 3),
+    (3, 8, 36, 3),
+    (3, 24, 36, 3),
+    (3, 30, 48, 8),
+)
+R26, R50 = R18, R34
+C: dict[str, Any] = {"stem": "deep"}
+S: dict[str, Any] = {"stem": "deep", "stem_width": 128}
+D: dict[str, Any] = {"stem": "deep", "shortcut": "D"}
+T: dict[str, Any] = {"stem": "tiered", "shortcut": "D"}
+RS: dict[str, Any] = {**D, "stem_pool": conv_pool, "attention": partial(SE, reduction=4)}
+AA: dict[str, Any] = {"downsample": average, "stem_pool": average}
+BLUR: dict[str, Any] = {"downsample": blur, "stem_pool": blurred_max_pool}
+BIT: dict[str, Any] = {"conv": partial(WSConv2d, eps=1e-8), "norm": group_norm, "stem_pool": zero_border_pool}
+
+
+def basic(depths: tuple[int, ...], **options: Any) -> Build:
+    """A ResNet of basic blocks."""
+    return partial(ResNet, BasicBlock, depths, BASIC, **options)
+
+
+def deep(depths: tuple[int, ...], **options: Any) -> Build:
+    """A ResNet of bottlenecks."""
+    return partial(ResNet, Bottleneck, depths, BOTTLENECK, **options)
+
+
+def grouped(depths: tuple[int, ...], groups: int, base_width: int, **options: Any) -> Build:
+    """A ResNeXt, or with one group a wide ResNet."""
+    return partial(ResNet, partial(Bottleneck, groups=groups, base_width=base_width), depths, BOTTLENECK, **options)
+
+
+def basic2(depths: tuple[int, ...], **options: Any) -> Build:
+    """A pre-activation ResNet of basic blocks."""
+    return partial(ResNet, PreActBasicBlock, depths, BASIC, **options)
+
+
+def deep2(depths: tuple[int, ...], factor: int = 1, **options: Any) -> Build:
+    """A pre-activation ResNet of bottlenecks, all its widths times a factor."""
+    widths = tuple(factor * width for width in BOTTLENECK)
+    return partial(ResNet, PreActBottleneck, depths, widths, stem_width=factor * 64, **options)
+
+
+TORCHVISION: dict[str, Build] = {
+    name: MODELS[name]
+    for name in (
+        *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+        *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
+        *("densenet121", "densenet161", "densenet169", "densenet201"),
+    )
+}
+
+TIMM: dict[str, Build] = {
+    "resnet10t": basic(R10, **T),
+    "resnet14t": deep(R10, **T),
+    "resnet18": basic(R18),
+    "resnet18d": basic(R18, **D),
+    "resnet26": deep(R26),
+    "resnet26d": deep(R26, **D),
+    "resnet26t": deep(R26, **T),
+    "resnet34": basic(R34),
+    "resnet34d": basic(R34, **D),
+    "resnet50": deep(R50),
+    "resnet50c": deep(R50, **C),
+    "resnet50d": deep(R50, **D),
+    "resnet50s": deep(R50, **S),
+    "resnet50t": deep(R50, **T),
+    "resnet50_gn": deep(R50, norm=group_norm),
+    "resnet101": deep(R101),
+    "resnet101c": deep(R101, **C),
+    "resnet101d": deep(R101, **D),
+    "resnet101s": deep(R101, **S),
+    "resnet152": deep(R152),
+    "resnet152c": deep(R152, **C),
+    "resnet152d": deep(R152, **D),
+    "resnet152s": deep(R152, **S),
+    "resnet200": deep(R200),
+    "resnet200d": deep(R200, **D),
+    "wide_resnet50_2": grouped(R50, 1, 128),
+    "wide_resnet101_2": grouped(R101, 1, 128),
+    "resnext50_32x4d": grouped(R50, 32, 4),
+    "resnext50d_32x4d": grouped(R50, 32, 4, **D),
+    "resnext101_32x4d": grouped(R101, 32, 4),
+    "resnext101_32x8d": grouped(R101, 32, 8),
+    "resnext101_32x16d": grouped(R101, 32, 16),
+    "resnext101_32x32d": grouped(R101, 32, 32),
+    "resnext101_64x4d": grouped(R101, 64, 4),
+    "resnetrs50": deep(R50, **RS),
+    "resnetrs101": deep(R101, **RS),
+    "resnetrs152": deep(R152, **RS),
+    "resnetrs200": deep(R200, **RS),
+    "resnetrs270": deep((4, 29, 53, 4), **RS),
+    "resnetrs350": deep((4, 36, 72, 4), **RS),
+    "resnetrs420": deep((4, 44, 87, 4), **RS),
+    "resnetblur18": basic(R18, **BLUR, shortcut=strided_projection),
+    "resnetblur50": deep(R50, **BLUR, shortcut=strided_projection),
+    "resnetblur50d": deep(R50, **BLUR, **D),
+    "resnetblur101d": deep(R101, **BLUR, **D),
+    "resnetaa34d": basic(R34, **AA, **D),
+    "resnetaa50": deep(R50, **AA, shortcut=strided_projection),
+    "resnetaa50d": deep(R50, **AA, **D),
+    "resnetaa101d": deep(R101, **AA, **D),
+    "seresnet18": basic(R18, attention=SE),
+    "seresnet34": basic(R34, attention=SE),
+    "seresnet50": deep(R50, attention=SE),
+    "seresnet50t": deep(R50, **T, attention=SE),
+    "seresnet101": deep(R101, attention=SE),
+    "seresnet152": deep(R152, attention=SE),
+    "seresnet152d": deep(R152, **D, attention=SE),
+    "seresnet200d": deep(R200, **D, attention=SE),
+    "seresnet269d": deep(R269, **D, attention=SE),
+    "seresnetaa50d": deep(R50, **AA, **D, attention=SE),
+    "seresnext26d_32x4d": grouped(R26, 32, 4, **D, attention=SE),
+    "seresnext26t_32x4d": grouped(R26, 32, 4, **T, attention=SE),
+    "seresnext50_32x4d": grouped(R50, 32, 4, attention=SE),
+    "seresnext101_32x4d": grouped(R101, 32, 4, attention=SE),
+    "seresnext101_32x8d": grouped(R101, 32, 8, attention=SE),
+    "seresnext101d_32x8d": grouped(R101, 32, 8, **D, attention=SE),
+    "seresnext101_64x4d": grouped(R101, 64, 4, attention=SE),
+    "seresnextaa101d_32x8d": grouped(R101, 32, 8, **AA, **D, attention=SE),
+    "seresnextaa201d_32x8d": grouped((3, 24, 36, 4), 32, 8, **AA, **D, stem_width=128, attention=SE),
+    "ecaresnet26t": deep(R26, **T, attention=ECA),
+    "ecaresnet50d": deep(R50, **D, attention=ECA),
+    "ecaresnet50t": deep(R50, **T, attention=ECA),
+    "ecaresnet101d": deep(R101, **D, attention=ECA),
+    "ecaresnet200d": deep(R200, **D, attention=ECA),
+    "ecaresnet269d": deep(R269, **D, attention=ECA),
+    "ecaresnetlight": deep((1, 1, 11, 3), shortcut="D", attention=ECA),
+    "ecaresnext26t_32x4d": grouped(R26, 32, 4, **T, attention=ECA),
+    "ecaresnext50t_32x4d": grouped(R50, 32, 4, **T, attention=ECA),
+    "resnetv2_18": basic2(R18),
+    "resnetv2_18d": basic2(R18, **D),
+    "resnetv2_34": basic2(R34),
+    "resnetv2_34d": basic2(R34, **D),
+    "resnetv2_50": deep2(R50),
+    "resnetv2_50d": deep2(R50, **D),
+    "resnetv2_50t": deep2(R50, **T),
+    "resnetv2_50d_gn": deep2(R50, **D, norm=group_norm),
+    "resnetv2_101": deep2(R101),
+    "resnetv2_101d": deep2(R101, **D),
+    "resnetv2_152": deep2(R152),
+    "resnetv2_152d": deep2(R152, **D),
+    "resnetv2_50x1_bit": deep2(R50, **BIT),
+    "resnetv2_50x3_bit": deep2(R50, 3, **BIT),
+    "resnetv2_101x1_bit": deep2(R101, **BIT),
+    "resnetv2_101x3_bit": deep2(R101, 3, **BIT),
+    "resnetv2_152x2_bit": deep2(R152, 2, **BIT),
+    "resnetv2_152x4_bit": deep2(R152, 4, **BIT),
+    "densenet121": partial(DenseNet, 32, (6, 12, 24, 16)),
+    "densenet161": partial(DenseNet, 48, (6, 12, 36, 24)),
+    "densenet169": partial(DenseNet, 32, (6, 12, 32, 32)),
+    "densenet201": partial(DenseNet, 32, (6, 12, 48, 32)),
+    "densenet264d": partial(DenseNet, 48, (6, 12, 64, 48), stem="deep"),
+    "densenetblur121d": partial(DenseNet, 32, (6, 12, 24, 16), stem="deep", stem_pool=blurred_max_pool),
+}
+
+# The residual names of timm that are out, as shell patterns, and why.
+TIMM_OUT: dict[str, str] = {
+    "*_pruned": "widths differ from block to block",
+    "senet154": "its first 1x1 has half the width, its shortcuts are 3x3: one net, no paper's figure",
+    "legacy_se*": "the older files of the se names, with Caffe's strides and pools",
+    "resnetv2_50d_evos": "EvoNorm is norm and activation in one",
+    "resnetv2_50d_frn": "filter response norm is norm and activation in one",
+    "test_resnet": "a net for timm's tests, with another block in each stage",
+    "skresnet*": "selective kernels: two branches that attend to each other",
+    "skresnext*": "selective kernels: two branches that attend to each other",
+    "resnest*": "split attention inside the 3x3",
+    "res2net*": "a hierarchy of 3x3 convolutions inside the bottleneck",
+    "res2next*": "a hierarchy of 3x3 convolutions inside the bottleneck",
+    "regnet*": "the group count differs from stage to stage; attention sits inside the branch",
+    "rexnet*": "linear bottlenecks that add to a part of the channels",
+    "resnet*_clip*": "CLIP's stem and attention pool",
+    "resnet*q": "ResNet-Q: another stem and shortcuts of BYOB",
+    "resnet*ts*": "BYOB's stems and self-attention",
+    "rdnet*": "DenseNet in the manner of ConvNeXt",
+}

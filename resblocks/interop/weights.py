@@ -1,0 +1,306 @@
+"""Weights of torchvision and timm into our nets and back: exact, strict, and from files that run no code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+
+from resblocks.interop.words import (
+    VOCABULARIES,
+    Table,
+    as_theirs,
+    key_map,
+    nameless_layers,
+    reversed_table,
+    translate_key,
+)
+from resblocks.nets import Network
+
+Source = Mapping[str, Tensor] | nn.Module | str | Path
+Vocabulary = Literal["torchvision", "timm", "resblocks"]
+FirstConv = Literal["same", "sum", "repeat"]
+
+
+class Names(NamedTuple):
+    """The names of a net's weights in one vocabulary: ours -> theirs, and the table that they come from."""
+
+    vocabulary: str
+    theirs: dict[str, str]
+    table: Table | None
+
+    def ours(self, key: str) -> str:
+        """What a key of theirs is, or would be, called here; empty if it has no name of ours."""
+        return (translate_key(key, reversed_table(self.table)) or "") if self.table else key
+
+    def both(self, key: str) -> str:
+        """A key of theirs with its name here and there."""
+        return f"{self.ours(key) or 'no name of ours'} ({self.vocabulary}: {key})"
+
+
+def load(
+    net: nn.Module,
+    source: Source,
+    *,
+    vocabulary: Vocabulary | None = None,
+    first_conv: FirstConv = "same",
+    drop_head: bool = False,
+) -> list[str]:
+    """Copy weights from elsewhere into one of our nets, all of them or none.
+
+    Args:
+        net: one of our nets.
+        source: a state dict, a model, or a file: .safetensors, or what `torch.save` wrote of a state dict, which is
+            read with `weights_only=True`.
+        vocabulary: whose names the source has; None finds out.
+        first_conv: what to do if the net has other input channels than the source: "same" refuses, "sum" adds the
+            kernels of the source's channels (one input channel: a grey image gives what its three-channel copy
+            gave), "repeat" goes round the source's channels and keeps the size of the response.
+        drop_head: leave the head of the net as it is, for other classes.
+
+    Returns:
+        What was not copied as it stands, a sentence each: empty if all was.
+
+    Raises:
+        ValueError: keys that are missing, too many or of another shape, each in both vocabularies; nothing is
+            loaded then. Also a net for which the vocabulary has no names, a file of another kind.
+
+    Example:
+        >>> from resblocks import create_model
+        >>> small, other = create_model("resnet20"), create_model("resnet20")
+        >>> load(small, to_torchvision(other))
+        []
+    """
+    given = read_weights(source)
+    names = find_names(net, given, vocabulary)
+    ours, notes, faults = net.state_dict(), [], []
+    first = next(iter(ours))
+    new: dict[str, Tensor] = {}
+    if drop_head:
+        dropped = {key: tensor for key, tensor in given.items() if names.ours(key).startswith("head.")}
+        notes += [f"{names.both(key)}: dropped, {tuple(tensor.shape)} in the source" for key, tensor in dropped.items()]
+        given = {key: tensor for key, tensor in given.items() if key not in dropped}
+        new |= {key: tensor for key, tensor in ours.items() if key.startswith("head.")}
+    for key, their_key in names.theirs.items():
+        if key in new:
+            continue
+        tensor = ours[key]
+        if their_key in given:
+            wanted = as_theirs(their_key, tensor).shape
+            fitted, note = fit_first_conv(given[their_key], wanted, first_conv if key == first else "same")
+            notes += [f"{names.both(their_key)}: {note}"] if note else []
+            if fitted.shape == wanted:
+                new[key] = fitted.reshape(tensor.shape)
+            else:
+                faults.append(
+                    f"shape: {names.both(their_key)} is {tuple(wanted)} in the net and {tuple(fitted.shape)} in the "
+                    f"source{_hint(key, first)}"
+                )
+        elif key.endswith("num_batches_tracked"):
+            new[key] = torch.zeros_like(tensor)
+            notes.append(f"{names.both(their_key)}: not in the source, starts at 0")
+        else:
+            faults.append(f"missing in the source: {names.both(their_key)}")
+    known = set(names.theirs.values())
+    faults += [f"not in the net: {names.both(key)}" for key in given if key not in known]
+    if faults:
+        raise ValueError("source must fit the net, nothing was loaded:\n  " + "\n  ".join(faults))
+    net.load_state_dict(new)
+    return notes
+
+
+def to_torchvision(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict of our net under torchvision's names.
+
+    Raises:
+        ValueError: torchvision has no name for a layer of the net.
+    """
+    return _renamed(net, "torchvision")
+
+
+def to_timm(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict of our net under timm's names.
+
+    Raises:
+        ValueError: timm has no name for a layer of the net.
+    """
+    return _renamed(net, "timm")
+
+
+def pretrained(
+    name: str,
+    source: Literal["torchvision", "timm"] = "torchvision",
+    *,
+    first_conv: FirstConv = "same",
+    **options: object,
+) -> Network:
+    """Our net of that name with the official weights, fetched by torchvision's or timm's own code.
+
+    Args:
+        name: as the source spells it: "resnet50", or with the weights' tag "resnet50.IMAGENET1K_V1" (torchvision)
+            and "resnet50d.ra2_in1k" (timm); without a tag the source's default.
+        source: who has the weights.
+        first_conv: as in `load`, for `in_channels`.
+        options: of the net; with another `num_classes` the head is new.
+
+    Raises:
+        ValueError: a name or tag that is not there.
+        ModuleNotFoundError: the source is not installed.
+        ConnectionError: the weights could not be fetched.
+    """
+    from resblocks.interop.names import TIMM, TORCHVISION
+
+    tables = {"torchvision": TORCHVISION, "timm": TIMM}
+    if source not in tables:
+        raise ValueError(f"source must be torchvision or timm, got {source!r}")
+    base, _, tag = name.partition(".")
+    if base not in tables[source]:
+        raise ValueError(f"name must be one of the {len(tables[source])} names of {source} in interop, got {base!r}")
+    fetch = {"torchvision": _fetch_from_torchvision, "timm": _fetch_from_timm}[source]
+    given = fetch(base, tag)
+    heads = [bias for key, bias in given.items() if key in ("fc.bias", "head.fc.bias", "classifier.bias")]
+    classes = len(heads[0]) if heads else 0
+    net = tables[source][base](**{"num_classes": classes, **options})
+    load(net, given, vocabulary=source, first_conv=first_conv, drop_head=net.num_classes != classes)
+    return net
+
+
+def read_weights(source: Source) -> dict[str, Tensor]:
+    """The tensors of a source by name; files are read without running code from them.
+
+    Raises:
+        ValueError: something other than tensors by name, a file of another kind.
+        RuntimeError: a torch whose `weights_only=True` can be broken out of.
+    """
+    if isinstance(source, nn.Module):
+        return source.state_dict()
+    given = _read_file(Path(source)) if isinstance(source, (str, Path)) else source
+    for wrapper in ("state_dict", "model"):
+        if isinstance(given.get(wrapper), Mapping):
+            given = given[wrapper]  # type: ignore[assignment]
+    for key, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"source must hold tensors by name, got {type(value).__name__} under {key!r}")
+    prefix = "module." if all(key.startswith("module.") for key in given) else ""
+    return {_plain_dense_name(key.removeprefix(prefix)): tensor for key, tensor in given.items()}
+
+
+def find_names(net: nn.Module, given: Mapping[str, Tensor], vocabulary: str | None) -> Names:
+    """The names of the net's weights in the vocabulary asked for, or in the one that the source speaks.
+
+    Raises:
+        ValueError: an unknown vocabulary, one without a name for a layer of the net, a source in none.
+    """
+    known = (*VOCABULARIES, "resblocks")
+    if vocabulary is not None and vocabulary not in known:
+        raise ValueError(f"vocabulary must be one of {', '.join(known)} or None, got {vocabulary!r}")
+    candidates = [Names("resblocks", {key: key for key in net.state_dict()}, None)]
+    for name, tables in VOCABULARIES.items():
+        for table in tables:
+            theirs = key_map(net, table)
+            candidates += [Names(name, theirs, table)] if theirs else []
+    spoken = [names for names in candidates if vocabulary in (None, names.vocabulary)]
+    if not spoken:
+        raise ValueError(_nameless(net, str(vocabulary)))
+    best = max(spoken, key=lambda names: len(given.keys() & set(names.theirs.values())))
+    if vocabulary is None and not given.keys() & set(best.theirs.values()):
+        tried = ", ".join(dict.fromkeys(names.vocabulary for names in spoken))
+        raise ValueError(
+            f"source must have the names of {tried} for this net, got {len(given)} keys such as {list(given)[:3]}"
+        )
+    return best
+
+
+def fit_first_conv(kernel: Tensor, wanted: torch.Size, how: str) -> tuple[Tensor, str | None]:
+    """The first kernel for another number of input channels, and what was done to it."""
+    if how not in ("same", "sum", "repeat"):
+        raise ValueError(f"first_conv must be same, sum or repeat, got {how!r}")
+    if how == "same" or kernel.dim() < 3 or kernel.shape[1] == wanted[1]:
+        return kernel, None
+    had, wants = kernel.shape[1], wanted[1]
+    if how == "sum":
+        if wants != 1:
+            raise ValueError(f"first_conv='sum' needs a net with in_channels=1, got in_channels={wants}")
+        return kernel.sum(1, keepdim=True), f"its {had} input channels summed to 1"
+    channels = [channel % had for channel in range(wants)]
+    return kernel[:, channels] * (had / wants), f"its {had} input channels repeated to {wants}, times {had}/{wants}"
+
+
+def _renamed(net: nn.Module, vocabulary: str) -> dict[str, Tensor]:
+    for table in VOCABULARIES[vocabulary]:
+        theirs = key_map(net, table)
+        if theirs:
+            return {theirs[key]: as_theirs(theirs[key], tensor) for key, tensor in net.state_dict().items()}
+    raise ValueError(_nameless(net, vocabulary))
+
+
+def _nameless(net: nn.Module, vocabulary: str) -> str:
+    fewest = min((nameless_layers(net, table) for table in VOCABULARIES[vocabulary]), key=len)
+    return f"every layer of the net must have a name in {vocabulary}, but these have none: {', '.join(fewest)}"
+
+
+def _hint(key: str, first: str) -> str:
+    if key.startswith("head."):
+        return "; drop_head=True leaves it out"
+    return "; first_conv='sum' or 'repeat' adapts the channels" if key == first else ""
+
+
+def _read_file(path: Path) -> Mapping[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if path.suffix not in (".pt", ".pth", ".bin", ".tar"):
+        raise ValueError(f"a file of weights must be .safetensors, .pt, .pth, .bin or .tar, got {path.name!r}")
+    if TorchVersion(torch.__version__) < "2.10":
+        raise RuntimeError(
+            f"a .pt file needs torch 2.10 (before, weights_only=True can be broken out of: CVE-2026-24747), "
+            f"got {torch.__version__}; use .safetensors"
+        )
+    given: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"a file of weights must hold tensors by name, got {type(given).__name__} in {path.name!r}")
+    return given
+
+
+def _plain_dense_name(key: str) -> str:
+    # The files that torchvision publishes for its DenseNets say "norm.1" where its code says "norm1".
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)
+
+
+def _fetch_from_torchvision(name: str, tag: str) -> Mapping[str, Tensor]:
+    try:
+        from torchvision.models import get_model_weights
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"weights of torchvision need it installed: pip install torchvision ({error})"
+        ) from error
+    published = get_model_weights(name)
+    if tag and tag not in published.__members__:
+        raise ValueError(f"tag must be one of {', '.join(published.__members__)} for {name}, got {tag!r}")
+    weights = published[tag or "DEFAULT"]
+    try:
+        given: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise ConnectionError(f"weights {weights} could not be fetched from {weights.url}: {error}") from error
+    return read_weights(given)
+
+
+def _fetch_from_timm(name: str, tag: str) -> Mapping[str, Tensor]:
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"weights of timm need it installed: pip install timm ({error})") from error
+    asked = f"{name}.{tag}" if tag else name
+    published = timm.list_models(f"{asked}*" if tag else f"{name}.*", pretrained=True)
+    if not published:
+        raise ValueError(f"name must be one with weights in timm (timm.list_models(pretrained=True)), got {asked!r}")
+    try:
+        return read_weights(timm.create_model(asked, pretrained=True))
+    except Exception as error:  # the hub's clients raise their own classes, which change between versions
+        raise ConnectionError(f"weights {asked} of timm could not be fetched: {error}") from error

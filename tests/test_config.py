@@ -1,0 +1,197 @@
+"""A net says the call that builds it as plain JSON, and that call builds it again."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+import runpy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import resblocks as rb
+from resblocks.config import from_config, to_config
+from resblocks.interop import TIMM, from_pretrained, push_to_hub, save_pretrained
+from resblocks.layers import SE, WSConv2d, blur_downsample, group_norm
+
+ODD = {
+    "partial block": partial(rb.ResNet, partial(rb.ResNeXtBlock, cardinality=2), (1, 2), (64, 128), stem="cifar"),
+    "options": partial(
+        rb.ResNet,
+        rb.Bottleneck,
+        (1, 1),
+        (64, 128),
+        attention=partial(SE, reduction=4),
+        downsample=blur_downsample,
+        norm=group_norm,
+        conv=partial(WSConv2d, eps=1e-8),
+        activation=nn.SiLU,
+        num_classes=3,
+        dtype=torch.float64,
+    ),
+    "no norm": partial(rb.ResNet, rb.BasicBlock, [1], [16], norm=None, skip=False, in_channels=1, stem_width=16),
+    "timm's": TIMM["resnetblur50d"],
+}
+NETS: dict[str, Any] = {**{name: partial(rb.create_model, name) for name in rb.list_models()}, **ODD}
+
+
+def twins(first: nn.Module, second: nn.Module) -> bool:
+    """The same module tree with the same settings and shapes."""
+    shapes = [{key: (value.shape, value.dtype) for key, value in net.state_dict().items()} for net in (first, second)]
+    return repr(first) == repr(second) and shapes[0] == shapes[1]
+
+
+SLOW = ("resnet1202", "preact_resnet1001", "densenet_bc_190_40", "densenet_bc_250_24", "densenet169", "densenet201")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NETS]
+)
+def test_config_builds_the_net_again(name: str) -> None:
+    with torch.device("meta"):
+        net = NETS[name]()
+        written = json.dumps(net.config)
+        again = from_config(json.loads(written))
+    assert twins(net, again)
+    assert again.config == net.config
+
+
+def test_config_follows_the_head_and_leaves_out_the_device() -> None:
+    net = rb.create_model("resnet20", device="cpu")
+    net.reset_head(3)
+    assert net.config["options"]["num_classes"] == 3
+    assert "device" not in net.config["options"]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_config_survives_copies(copied: Any) -> None:
+    net = rb.create_model("resnet20", attention=SE)
+    assert copied(net).config == net.config
+
+
+def test_lambda_is_refused_when_asked_not_before() -> None:
+    net = rb.create_model("resnet20", norm=lambda channels: nn.GroupNorm(1, channels))
+    pickle.dumps(net)
+    with pytest.raises(ValueError, match=r"arguments that can be imported by name, got <function .*lambda"):
+        _ = net.config
+
+
+class OwnNet(rb.ResNet):
+    """A net of a user."""
+
+    def __init__(self, width: int, num_classes: int = 2) -> None:
+        super().__init__(rb.BasicBlock, (1,), (width,), num_classes=num_classes, stem_width=width)
+
+
+def test_net_of_ones_own_says_its_own_call_and_needs_trust() -> None:
+    net = OwnNet(8, num_classes=3)
+    assert net.config == {"name": f"{__name__}:OwnNet", "args": [8], "options": {"num_classes": 3}}
+    assert twins(from_config(net.config, trust=[__name__]), net)
+    with pytest.raises(ValueError, match=r"or of modules given in trust, got '.*:OwnNet'"):
+        from_config(net.config)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["os:system", "builtins:eval", "torch:load", "torch.nn.modules.module:torch", "resblocks.layers:torch", "x:y"],
+)
+def test_name_that_could_run_anything_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"config must hold names of resblocks or torch\.nn"):
+        from_config({"name": name, "args": [], "options": {}})
+
+
+def test_name_that_is_gone_is_said() -> None:
+    with pytest.raises(ValueError, match=r"names that can be imported, got 'resblocks\.nets:Nonet'"):
+        from_config({"name": "resblocks.nets:Nonet", "args": [], "options": {}})
+
+
+def test_constructors_keep_their_signature() -> None:
+    assert {"block", "depths", "widths", "stem"} <= set(inspect.signature(rb.ResNet).parameters)
+    assert rb.ResNet.__init__.__name__ == "__init__"
+
+
+def test_plain_values_stay() -> None:
+    assert to_config([1, 2.5, "A", None, True, (torch.float16,)]) == [
+        1,
+        2.5,
+        "A",
+        None,
+        True,
+        [{"name": "torch:float16"}],
+    ]
+
+
+# --- the Hub
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_saved_net_comes_back(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    net = rb.create_model("resnet20", attention=SE, num_classes=4).eval()
+    x = torch.randn(2, 3, 32, 32)
+    net.train()(x)
+    save_pretrained(net, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == net.config
+    again = from_pretrained(tmp_path)
+    assert not again.training
+    assert torch.equal(again(x), net.eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_saved_net_with_a_missing_weight_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    torch_files = pytest.importorskip("safetensors.torch")
+    net = rb.create_model("resnet20")
+    save_pretrained(net, tmp_path)
+    state = net.state_dict()
+    del state["head.bias"]
+    torch_files.save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing in the source: head\.bias"):
+        from_pretrained(tmp_path)
+
+
+def test_push_goes_through_the_mixin(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    pushed: dict[str, Any] = {}
+
+    def push(self: Any, repo_id: str, **options: Any) -> str:
+        pushed.update(repo_id=repo_id, **options)
+        return "address"
+
+    monkeypatch.setattr(hub.PyTorchModelHubMixin, "push_to_hub", push)
+    net = rb.create_model("resnet20")
+    assert push_to_hub(net, "me/resnet20", private=True) == "address"
+    assert pushed == {"repo_id": "me/resnet20", "config": net.config, "private": True}
+
+
+def test_missing_client_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import sys
+
+    from resblocks.interop import hub
+
+    hub._hub_net.cache_clear()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'resblocks\[hub\]'"):
+        save_pretrained(rb.create_model("resnet20"), tmp_path)
+
+
+# --- torch.hub
+
+
+def test_hubconf_offers_every_name() -> None:
+    entries = runpy.run_path(str(Path(__file__).parent.parent / "hubconf.py"))
+    assert {name for name in rb.list_models() if callable(entries.get(name))} == set(rb.list_models())
+    assert entries["resnet20"](num_classes=3).num_classes == 3
+    assert "torchvision" in entries["resnet20"].__doc__
+
+
+def test_torch_hub_loads_from_the_folder() -> None:
+    root = Path(__file__).parent.parent
+    net = torch.hub.load(str(root), "resnet20", source="local", num_classes=3)
+    assert net.num_classes == 3

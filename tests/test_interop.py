@@ -1,0 +1,435 @@
+"""Weights in and out: every name of the tables is the net it says, and what does not fit is named and not loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from resblocks import create_model
+from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION, differences, load, pretrained, to_timm, to_torchvision
+from resblocks.interop.weights import read_weights
+from resblocks.layers import CBAM
+
+timm = pytest.importorskip("timm")
+torchvision = pytest.importorskip("torchvision")
+safetensors = pytest.importorskip("safetensors.torch")
+
+# One name or two for each thing that a table of names can get wrong: stem, shortcut, attention, pool, norm, width.
+FAMILIES = (
+    *("resnet18", "resnet10t", "resnet50", "resnet50c", "resnet50s", "resnet50d", "resnet50_gn", "wide_resnet50_2"),
+    *("resnext50_32x4d", "resnetrs50", "resnetblur18", "resnetblur50d", "resnetaa34d", "resnetaa50"),
+    *("seresnet18", "seresnext26t_32x4d", "seresnetaa50d", "ecaresnet26t", "ecaresnetlight"),
+    *("resnetv2_18", "resnetv2_18d", "resnetv2_50", "resnetv2_50t", "resnetv2_50d_gn"),
+    *("densenet121", "densenet161", "densenet264d", "densenetblur121d"),
+)
+SHALLOW = (2, 1, 1, 1)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Random statistics and affine parameters, so that no norm is a no-op."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_var") or (name.endswith("weight") and tensor.dim() == 1):
+                tensor.uniform_(0.5, 1.5)
+            elif name.endswith("running_mean") or tensor.dim() == 1:
+                tensor.normal_(0, 0.1)
+    return model
+
+
+def shallow(build: Callable[..., nn.Module]) -> nn.Module:
+    """Our net of a table's line with few blocks."""
+    assert isinstance(build, partial)
+    args = [*build.args]
+    args[1] = SHALLOW
+    return build.func(*args, **build.keywords, num_classes=10)
+
+
+def assert_same(net: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
+    """The same logits and gradients but for rounding; where float32 leaves a doubt, float64 decides."""
+    found = differences(net, model, x)
+    if max(found.values()) > 1e-4:
+        found = differences(net.double(), model.double(), x.double())
+        assert max(found.values()) < 1e-8, found
+
+
+def torchvision_net(num_classes: int = 1000, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomise(torchvision.models.resnet18(num_classes=num_classes))
+
+
+def is_slow(name: str) -> list[pytest.MarkDecorator]:
+    """The deepest names, whose thousands of layers take seconds to build."""
+    deep = any(depth in name for depth in ("152", "200", "201", "269", "270", "350", "420"))
+    return [pytest.mark.slow] if deep else []
+
+
+# --- the tables
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_timm_family_gives_equal_logits_and_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    depths = {"block_config" if name.startswith("densenet") else "layers": SHALLOW}
+    model = randomise(timm.create_model(name, num_classes=10, **depths))
+    net = shallow(TIMM[name])
+    assert load(net, model) == []
+    assert_same(net, model, torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize("name", ["resnet50d", "seresnet18", "densenet121", "resnetv2_50x1_bit"])
+def test_difference_in_float64_is_rounding(name: str) -> None:
+    torch.manual_seed(0)
+    if name == "resnetv2_50x1_bit":
+        conv = partial(timm.layers.StdConv2d, eps=1e-8)
+        model = timm.models.ResNetV2(SHALLOW, num_classes=10, stem_type="fixed", conv_layer=conv)
+    else:
+        depths = {"block_config" if name.startswith("densenet") else "layers": SHALLOW}
+        model = timm.create_model(name, num_classes=10, **depths)
+    net = shallow(TIMM[name]).double()
+    assert load(net, randomise(model.double())) == []
+    found = differences(net, model, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    assert max(found.values()) < 1e-9, found
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_name_has_its_keys_and_shapes(name: str) -> None:
+    with torch.device("meta"):
+        model, net = torchvision.models.get_model(name, weights=None), TORCHVISION[name]()
+    assert shapes(to_torchvision(net)) == shapes(model.state_dict())
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=is_slow(name)) for name in TIMM])
+def test_timm_name_has_its_keys_and_shapes(name: str) -> None:
+    with torch.device("meta"):
+        model, net = timm.create_model(name), TIMM[name]()
+    assert shapes(to_timm(net)) == shapes(model.state_dict())
+
+
+def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in state.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_name_gives_equal_logits_and_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    model, net = randomise(timm.create_model(name)), TIMM[name]()
+    assert load(net, model) == []
+    assert_same(net, model, torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "densenet121"])
+def test_torchvision_name_gives_equal_logits_and_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    model, net = randomise(torchvision.models.get_model(name, weights=None)), TORCHVISION[name]()
+    assert load(net, model) == []
+    assert_same(net, model, torch.randn(2, 3, 64, 64))
+
+
+def test_differences_sees_one_changed_weight() -> None:
+    model, net = torchvision_net(10), create_model("resnet18", num_classes=10)
+    load(net, model)
+    with torch.no_grad():
+        net.get_parameter("stages.2.1.branch.conv2.weight")[:, :, 1, 1] += 1
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    found = differences(net, model, torch.randn(2, 3, 32, 32))
+    assert min(found.values()) > 1e-6
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert net.training
+
+
+def test_every_name_of_timms_residual_files_is_in_or_out() -> None:
+    for name in [name for module in ("resnet", "resnetv2", "densenet") for name in timm.list_models(module=module)]:
+        out = [pattern for pattern in TIMM_OUT if fnmatch(name, pattern)]
+        assert (name in TIMM) != bool(out), (name, out)
+
+
+def test_every_reason_for_being_out_is_about_a_name_of_timm() -> None:
+    names = timm.list_models()
+    for pattern in TIMM_OUT:
+        matched = [name for name in names if fnmatch(name, pattern)]
+        assert matched, pattern
+        assert not set(matched) & set(TIMM), pattern
+
+
+def test_tables_are_as_long_as_said() -> None:
+    assert set(TORCHVISION) == {
+        name
+        for name in torchvision.models.list_models(module=torchvision.models)
+        if name.startswith(("resnet", "resnext", "wide_resnet", "densenet"))
+    }
+    assert len(TIMM) >= 60
+
+
+# --- out and back
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+def test_torchvision_takes_our_weights(name: str) -> None:
+    net, model = create_model(name), torchvision.models.get_model(name, weights=None)
+    model.load_state_dict(to_torchvision(net), strict=True)
+    again = create_model(name)
+    assert load(again, to_torchvision(net)) == []
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["seresnet18", "ecaresnet26t", "resnetv2_18d", "densenetblur121d"])
+def test_timm_takes_our_weights(name: str) -> None:
+    net = TIMM[name]()
+    timm.create_model(name).load_state_dict(to_timm(net), strict=True)
+    again = TIMM[name]()
+    assert load(again, to_timm(net), vocabulary="timm") == []
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+def test_layers_without_a_name_are_named() -> None:
+    with pytest.raises(ValueError, match=r"every layer of the net must have a name in torchvision, .* stem\.conv1, "):
+        to_torchvision(create_model("resnet18", stem="deep"))
+    net = create_model("resnet20", attention=CBAM)
+    with pytest.raises(ValueError, match=r"have none: .*stages\.0\.0\.branch\.attention\.spatial"):
+        load(net, torchvision_net(), vocabulary="timm")
+
+
+# --- files
+
+
+def test_safetensors_file_loads(tmp_path: Path) -> None:
+    model, net = torchvision_net(10), create_model("resnet18", num_classes=10)
+    safetensors.save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    assert load(net, tmp_path / "weights.safetensors") == []
+    assert torch.equal(net.get_parameter("head.bias"), model.fc.bias)
+
+
+@pytest.mark.parametrize(
+    "wrap", [dict, lambda state: {"state_dict": state, "epoch": 3}, lambda state: {"model": state}]
+)
+def test_pt_file_loads(tmp_path: Path, wrap: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    model, net = torchvision_net(10), create_model("resnet18", num_classes=10)
+    torch.save(wrap(model.state_dict()), tmp_path / "weights.pth")
+    assert load(net, str(tmp_path / "weights.pth")) == []
+    assert torch.equal(net.get_parameter("head.bias"), model.fc.bias)
+
+
+class _Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("this must never run",))
+
+
+def test_file_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"weight": _Payload()}, tmp_path / "weights.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        read_weights(tmp_path / "weights.pt")
+    assert "never run" not in capsys.readouterr().out
+
+
+def test_pt_file_needs_a_torch_without_the_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({}, tmp_path / "weights.pt")
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    with pytest.raises(RuntimeError, match=r"needs torch 2\.10"):
+        read_weights(tmp_path / "weights.pt")
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must be \.safetensors, \.pt, .* got 'weights\.npz'"):
+        read_weights(tmp_path / "weights.npz")
+    torch.save([torch.ones(1)], tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="must hold tensors by name, got list"):
+        read_weights(tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="must hold tensors by name, got int under 'epoch'"):
+        read_weights({"epoch": 3})  # type: ignore[dict-item]
+
+
+def test_prefix_of_data_parallel_is_taken_off() -> None:
+    net = create_model("resnet18", num_classes=10)
+    assert load(net, {f"module.{key}": value for key, value in torchvision_net(10).state_dict().items()}) == []
+
+
+def test_old_names_of_densenet_files_are_read() -> None:
+    model, net = torchvision.models.densenet121(num_classes=10), create_model("densenet121", num_classes=10)
+    old = {
+        key.replace("norm1", "norm.1").replace("conv2", "conv.2") if "denselayer" in key else key: value
+        for key, value in model.state_dict().items()
+    }
+    assert load(net, old) == []
+
+
+def test_counters_that_old_files_lack_start_at_zero() -> None:
+    model, net = torchvision_net(10), create_model("resnet18", num_classes=10)
+    net.get_buffer("stem.norm.num_batches_tracked").fill_(7)
+    old = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    notes = load(net, old)
+    assert notes[0] == (
+        "stem.norm.num_batches_tracked (torchvision: bn1.num_batches_tracked): not in the source, starts at 0"
+    )
+    assert net.get_buffer("stem.norm.num_batches_tracked") == 0
+
+
+# --- what does not fit
+
+
+def refused(net: nn.Module, source: Any, **options: Any) -> str:
+    """The message of a refusal that left the net as it was."""
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match="source must fit the net, nothing was loaded") as error:
+        load(net, source, **options)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    return str(error.value)
+
+
+def test_missing_key_is_named_in_both_vocabularies() -> None:
+    state = torchvision_net(10).state_dict()
+    del state["layer2.0.downsample.1.bias"]
+    said = refused(create_model("resnet18", num_classes=10), state)
+    assert "missing in the source: stages.1.0.shortcut.norm.bias (torchvision: layer2.0.downsample.1.bias)" in said
+
+
+def test_extra_key_is_named_in_both_vocabularies() -> None:
+    state = torchvision_net(10).state_dict() | {"layer1.2.conv1.weight": torch.ones(1), "extra": torch.ones(1)}
+    said = refused(create_model("resnet18", num_classes=10), state)
+    assert "not in the net: stages.0.2.branch.conv1.weight (torchvision: layer1.2.conv1.weight)" in said
+    assert "not in the net: no name of ours (torchvision: extra)" in said
+
+
+def test_wrong_shape_is_named_in_both_vocabularies() -> None:
+    said = refused(create_model("resnet18", num_classes=10), torchvision_net(1000))
+    assert "shape: head.weight (torchvision: fc.weight) is (10, 512) in the net and (1000, 512) in the source" in said
+    assert "drop_head=True" in said
+
+
+def test_plain_net_refuses_the_weights_of_shortcuts() -> None:
+    said = refused(create_model("resnet18", skip=False), torchvision_net())
+    assert "not in the net: stages.1.0.shortcut.conv.weight (torchvision: layer2.0.downsample.0.weight)" in said
+
+
+def test_other_depth_is_refused() -> None:
+    said = refused(create_model("resnet34"), torchvision_net())
+    assert "missing in the source: stages.0.2.branch.conv1.weight" in said
+
+
+def test_source_of_another_world_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"names of resblocks, torchvision, timm for this net, got 1 keys such as"):
+        load(create_model("resnet18"), {"encoder.weight": torch.ones(1)})
+    with pytest.raises(ValueError, match="vocabulary must be one of torchvision, timm, resblocks or None, got 'keras'"):
+        load(create_model("resnet18"), {}, vocabulary="keras")  # type: ignore[arg-type]
+
+
+# --- other channels, other classes
+
+
+def test_head_is_dropped_on_request_and_said() -> None:
+    model, net = torchvision_net(1000), create_model("resnet18", num_classes=10)
+    head = net.get_parameter("head.weight").clone()
+    notes = load(net, model, drop_head=True)
+    assert notes == [
+        "head.weight (torchvision: fc.weight): dropped, (1000, 512) in the source",
+        "head.bias (torchvision: fc.bias): dropped, (1000,) in the source",
+    ]
+    assert torch.equal(net.get_parameter("head.weight"), head)
+    assert torch.equal(net.get_parameter("stem.conv.weight"), model.conv1.weight)
+
+
+def test_head_is_dropped_for_a_net_without_one() -> None:
+    model, net = torchvision_net(1000), create_model("resnet18", num_classes=0)
+    assert len(load(net, model, drop_head=True)) == 2
+    model.fc = nn.Identity()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(net.eval()(x), model.eval()(x))
+
+
+def test_summed_first_kernel_sees_grey_as_its_copy_in_colour() -> None:
+    model, net = torchvision_net(10).eval(), create_model("resnet18", num_classes=10, in_channels=1).eval()
+    assert "first_conv='sum' or 'repeat'" in refused(net, model)
+    notes = load(net, model, first_conv="sum")
+    assert notes == ["stem.conv.weight (torchvision: conv1.weight): its 3 input channels summed to 1"]
+    grey = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(net(grey), model(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [2, 6])
+def test_repeated_first_kernel_keeps_the_response(channels: int) -> None:
+    model, net = torchvision_net(10).eval(), create_model("resnet18", num_classes=10, in_channels=channels).eval()
+    assert "repeated" in load(net, model, first_conv="repeat")[0]
+    assert torch.equal(net.get_parameter("stem.conv.weight")[:, 0], model.conv1.weight[:, 0] * (3 / channels))
+    if channels == 6:
+        x = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(net(torch.cat([x, x], 1)), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_sum_is_for_one_channel() -> None:
+    with pytest.raises(ValueError, match="first_conv='sum' needs a net with in_channels=1, got in_channels=2"):
+        load(create_model("resnet18", num_classes=10, in_channels=2), torchvision_net(10), first_conv="sum")
+    with pytest.raises(ValueError, match="first_conv must be same, sum or repeat, got 'mean'"):
+        load(create_model("resnet18", num_classes=10), torchvision_net(10), first_conv="mean")  # type: ignore[arg-type]
+
+
+# --- official weights
+
+
+def test_official_weights_of_torchvision_go_through_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torchvision_net()
+    monkeypatch.setattr("torchvision.models.WeightsEnum.get_state_dict", lambda *_, **__: model.state_dict())
+    net = pretrained("resnet18")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(net.eval()(x), model.eval()(x))
+    assert pretrained("resnet18.IMAGENET1K_V1", num_classes=7)(x).shape == (2, 7)
+    with pytest.raises(ValueError, match="tag must be one of IMAGENET1K_V1, DEFAULT for resnet18, got 'V9'"):
+        pretrained("resnet18.V9")
+
+
+def test_official_weights_of_timm_go_through_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomise(timm.create_model("resnet10t", num_classes=21))
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: model)
+    net = pretrained("resnet10t.c3_in1k", "timm")
+    assert net.num_classes == 21
+    assert torch.equal(to_timm(net)["fc.weight"], model.fc.weight)
+
+
+def test_official_weights_without_a_head_give_a_net_without_or_with_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model("resnet10t", num_classes=0)
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: model)
+    assert pretrained("resnet10t", "timm").num_classes == 0
+    assert pretrained("resnet10t", "timm", num_classes=3).num_classes == 3
+
+
+def test_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library, name in {"torchvision": "torchvision.models", "timm": "timm"}.items():
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ModuleNotFoundError, match=f"pip install {library}"):
+            pretrained("resnet18", library)  # type: ignore[arg-type]
+
+
+def test_missing_network_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("torchvision.models.WeightsEnum.get_state_dict", offline)
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ConnectionError, match=r"could not be fetched from https://.*: network is unreachable"):
+        pretrained("resnet18")
+    with pytest.raises(ConnectionError, match="weights resnet18 of timm could not be fetched: network is unreachable"):
+        pretrained("resnet18", "timm")
+
+
+def test_unknown_name_and_source_are_said() -> None:
+    with pytest.raises(ValueError, match="name must be one of the 14 names of torchvision in interop, got 'vgg16'"):
+        pretrained("vgg16")
+    with pytest.raises(ValueError, match="source must be torchvision or timm, got 'keras'"):
+        pretrained("resnet18", "keras")  # type: ignore[arg-type]
+
+
+def test_core_imports_none_of_it() -> None:
+    foreign = ("timm", "torchvision", "safetensors", "huggingface_hub")
+    for module, absent in {"resblocks": (*foreign, "resblocks.interop"), "resblocks.interop": foreign}.items():
+        code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+        assert done.stdout.strip() == "[]"
