@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from resblocks.init import init_weights
 from resblocks.recompute import recompute
@@ -142,8 +143,27 @@ class Residual(nn.Module):
         out: Tensor = self.act(y)
         return out
 
-    def extra_repr(self) -> str:
-        return "" if self._skip else "skip=False"
+    def __repr__(self) -> str:
+        """The block on one line; `nn.Module.__repr__(block)` shows every layer on its own."""
+        parts = [f"{name}: {in_words(part)}" for name, part in self.named_children() if not is_silent(part)]
+        return f"{type(self).__name__}({'; '.join(parts if self._skip else [*parts, 'skip=False'])})"
+
+
+def in_words(layer: nn.Module) -> str:
+    """A layer, or a sequence of them, in the few words that tell it from its like."""
+    if isinstance(layer, nn.Sequential):
+        return ", ".join(in_words(child) for child in layer)
+    if isinstance(layer, _ConvNd):
+        size = "x".join(map(str, layer.kernel_size))
+        stride = "" if set(layer.stride) == {1} else f" / {layer.stride[0]}"
+        groups = "" if layer.groups == 1 else f" in {layer.groups} groups"
+        return f"{size} {layer.in_channels}-{layer.out_channels}{stride}{groups}"
+    return type(layer).__name__
+
+
+def is_silent(part: nn.Module) -> bool:
+    """Whether a part does what it does in every block by default, and needs no mention."""
+    return type(part) in (nn.Identity, Add)
 
 
 def identity_if_none(module: nn.Module | None) -> nn.Module:

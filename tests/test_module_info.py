@@ -97,7 +97,7 @@ class TestBlocks(TestCase):
     @modules(INFOS)
     def test_repr(self, device, dtype, module_info, training):
         for module, _, _ in self.build(module_info, device, dtype, training):
-            self.assertTrue(all(f"({name})" in repr(module) for name, child in module.named_children() if child))
+            self.assertIn(module_info.module_cls.__name__, repr(module))
 
     @modules(INFOS)
     def test_pickle(self, device, dtype, module_info, training):

@@ -171,6 +171,10 @@ def test_plain_net_trains_every_parameter():
     assert not any("shortcut" in name for name in net.state_dict())
 
 
-def test_extra_repr_tells_a_plain_block():
-    assert "skip=False" in repr(BasicBlock(8, 8, skip=False))
-    assert "skip=False" not in repr(BasicBlock(8, 8))
+def test_block_prints_on_one_line():
+    assert repr(BasicBlock(8, 16, 2)) == (
+        "BasicBlock(branch: 3x3 8-16 / 2, BatchNorm2d, ReLU, 3x3 16-16, BatchNorm2d; "
+        "shortcut: 1x1 8-16 / 2, BatchNorm2d; act: ReLU)"
+    )
+    assert repr(BasicBlock(8, 8, skip=False)).endswith("act: ReLU; skip=False)")
+    assert len(repr(rb.create_model("resnet50", device="meta")).splitlines()) < 16 + 25
