@@ -53,9 +53,10 @@ def test_resnet20_learns_the_digits(tmp_path: Path) -> None:
     assert result.epochs[-1]["train_loss"] < 0.6 * result.epochs[0]["train_loss"]
 
 
-def test_step_equals_plain_pytorch() -> None:
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_step_equals_plain_pytorch(clip: float) -> None:
     """One step of the loop is forward, cross-entropy, backward and torch's SGD at the recipe's rate."""
-    recipe = Recipe(epochs=1, batch_size=20, lr=0.1, label_smoothing=0.1, crop=0, flip=False)
+    recipe = Recipe(epochs=1, batch_size=20, lr=0.1, label_smoothing=0.1, crop=0, flip=False, clip_norm=clip)
     ours, theirs = tiny_net(dropout=0.0), tiny_net(dropout=0.0)
     loop = _loop(ours, recipe=recipe)
     optimizer = torch.optim.SGD(theirs.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -65,6 +66,8 @@ def test_step_equals_plain_pytorch() -> None:
         optimizer.param_groups[0]["lr"] = recipe.lr_at(step, loop.total_steps)
         optimizer.zero_grad()
         nn.functional.cross_entropy(theirs(images), labels, label_smoothing=0.1).backward()
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), clip or float("inf"))
+        assert norm > 0.1  # the clipping has something to do
         optimizer.step()
     for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ import training_workers as workers
 from safetensors.torch import load_file
 from training_workers import STEPS, error_of, run, weights_of
 
-from resblocks.training import Result, load_checkpoint
+from resblocks.training import Ranks, Result, load_checkpoint, load_weights
+from resblocks.training.loop import Loop
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
@@ -41,6 +43,10 @@ def test_two_ranks_take_the_images_that_one_takes(two: Path, tmp_path: Path) -> 
     assert together[:5] != together[5:]  # another order in the next one
 
 
+def _epochs(out: Path) -> list[dict[str, Any]]:
+    return Result.read(out / "result.json").epochs
+
+
 def _plain_net() -> torch.nn.Module:
     """Without batch norm and dropout, whose results rightly depend on the division into ranks."""
     return workers.tiny_net(norm=False, dropout=0.0)
@@ -64,6 +70,19 @@ def test_killed_ranks_go_on_to_the_same_bits(step: int, two: Path, tmp_path: Pat
     assert run(tmp_path, (workers.kill_at_step, (step,)), ranks=2) == [-signal.SIGKILL] * 2
     assert run(tmp_path, ranks=2) == [0, 0]
     assert weights_of(tmp_path) == weights_of(two)
+    for broken, whole in zip(_epochs(tmp_path), _epochs(two), strict=True):
+        assert broken["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-12)
+        assert broken["train_accuracy_percent"] == whole["train_accuracy_percent"] <= 100
+
+
+def test_evaluation_of_two_ranks_is_that_of_the_saved_net(two: Path) -> None:
+    """Batch norm statistics differ by rank until they are made equal."""
+    net = workers.tiny_net()
+    load_weights(two / "weights.safetensors", net)
+    loop = Loop(net, workers.tiny_dataset(), workers.RECIPE, 0, torch.device("cpu"), torch.float32, Ranks())
+    loss, accuracy = loop.evaluate() or (0, 0)
+    assert _epochs(two)[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert _epochs(two)[-1]["eval_accuracy_percent"] == pytest.approx(accuracy)
 
 
 def test_signal_to_one_rank_stops_both_and_saves(two: Path, tmp_path: Path) -> None:
@@ -86,7 +105,7 @@ def test_non_finite_loss_on_one_rank_stops_both(tmp_path: Path) -> None:
 
 
 def test_silent_rank_ends_the_run_with_an_error(tmp_path: Path) -> None:
-    codes = run(tmp_path, (workers.sleep_on_rank, (1, 4, 9.0)), ranks=2, timeout_seconds=3.0)
+    codes = run(tmp_path, (workers.sleep_on_rank, (1, 4, 12.0)), ranks=2, timeout_seconds=6.0)
     assert codes[0] == 1
     assert "another process died or was silent too long at step 4; the last checkpoint stays" in error_of(tmp_path)
 

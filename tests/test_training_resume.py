@@ -62,6 +62,28 @@ def test_signal_saves_and_exits(number: int, code: int, unbroken: bytes, tmp_pat
     assert weights_of(out) == unbroken
 
 
+def test_signal_at_the_very_end_is_not_lost(tmp_path: Path, unbroken: bytes) -> None:
+    assert run(tmp_path, (workers.signal_in_last_write, (signal.SIGTERM,))) == [143]
+    assert weights_of(tmp_path) == unbroken
+    assert len(Result.read(tmp_path / "result.json").epochs) == 2
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_signal_during_evaluation_is_heard_at_once(epoch: int, tmp_path: Path, unbroken: bytes) -> None:
+    assert run(tmp_path, (workers.signal_in_evaluation, (signal.SIGTERM, epoch))) == [143]
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    assert (found[1]["step"], len(found[1]["epochs"])) == (5 * epoch, epoch - 1)
+    assert run(tmp_path) == [0]
+    assert weights_of(tmp_path) == unbroken
+
+
+def test_damaged_settings_are_said(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run.json is damaged"):
+        tiny_fit(tmp_path)
+
+
 def test_handlers_come_back(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     tiny_fit(tmp_path / "run")

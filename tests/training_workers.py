@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,34 @@ def signal_at_step(number: int, step: int) -> None:
         return original(self, at)
 
     Loop.batch = batch  # type: ignore[method-assign]
+
+
+def signal_in_evaluation(number: int, epoch: int) -> None:
+    """A real signal while the net is evaluated after `epoch`."""
+    from resblocks.training.loop import Loop
+
+    original, calls = Loop.evaluate, 0
+
+    def evaluate(self: Loop, *rest: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == epoch:
+            os.kill(os.getpid(), number)
+        return original(self, *rest, **options)
+
+    Loop.evaluate = evaluate  # type: ignore[method-assign]
+
+
+def signal_in_last_write(number: int) -> None:
+    """A real signal while result.json is written."""
+    module = sys.modules["resblocks.training.fit"]
+    original = module.write_json
+
+    def write_json(path: Any, value: Any) -> None:
+        os.kill(os.getpid(), number)
+        original(path, value)
+
+    module.write_json = write_json
 
 
 def signal_on_rank(rank: int, number: int, step: int) -> None:

@@ -75,6 +75,7 @@ RECIPE_HELP = {
     "momentum": "of SGD",
     "nesterov": "Nesterov's momentum",
     "weight_decay": "coupled, on every parameter",
+    "clip_norm": "cut the gradient to this norm over all weights; 0: off",
     "schedule": "triangular, steps, cosine, constant",
     "warmup": "fraction of the run; triangular: where the peak is",
     "warmup_start": "fraction of lr at the first step",

@@ -125,9 +125,9 @@ class _Run:
     def train(self) -> Result:
         """What is to be done next follows from (step, finished epochs) alone, so a resumed run cannot go astray."""
         loop, result = self.loop, self.result
-        self.resume()
-        self.log.start(loop.total_steps, self.step)
         with self.explained():
+            self.resume()
+            self.log.start(loop.total_steps, self.step)
             if self.gradients and not result.gradients:
                 self.record_gradients()
             while len(result.epochs) < loop.recipe.epochs:
@@ -135,7 +135,11 @@ class _Run:
                     self.train_step()
                 else:
                     self.finish_epoch()
-        return self.finish()
+            self.finish()
+            (late,) = self.ranks.max(self.signals.number)
+        if late:  # too late to stop this run, and not to be lost on a caller who has more to run
+            raise Interrupted(128 + late)
+        return result
 
     def train_step(self) -> None:
         started = time.monotonic()
@@ -233,7 +237,7 @@ class _Run:
         self.log.event("resume", step=self.step, checkpoint=path.name, environment=self.result.environment)
         self.log.say(f"{self.result.name}  goes on at step {self.step} of {self.loop.total_steps}")
 
-    def finish(self) -> Result:
+    def finish(self) -> None:
         """Weights first, result.json last: it says that the run is finished."""
         result, out = self.result, self.out
 
@@ -244,7 +248,6 @@ class _Run:
 
         self.ranks.first(write)
         self.log.event("end", accuracy_percent=result.accuracy_percent, loss=result.loss, seconds=result.seconds)
-        return result
 
     def show(self) -> None:
         loss, correct, images, _ = self.loop.meter.peek()
@@ -288,7 +291,7 @@ class _Run:
                     f"out of memory at step {self.step} with batch size {batch} ({each} on each of {size} processes): "
                     f"give a smaller --batch-size, or more processes, in another --out"
                 ) from error
-            if self.ranks.on and any(sign in str(error) for sign in _NO_ANSWER):
+            if self.ranks.on and any(sign in str(error).lower() for sign in _NO_ANSWER):
                 raise RuntimeError(
                     f"another process died or was silent too long at step {self.step}; "
                     f"the last checkpoint stays: run the same command again"
@@ -297,4 +300,4 @@ class _Run:
 
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory")
-_NO_ANSWER = ("Timed out", "timed out", "Connection closed", "Connection reset", "Broken pipe")
+_NO_ANSWER = ("timed out", "timeout", "connection", "broken pipe", "nccl")  # of gloo and NCCL, in lower case

@@ -30,8 +30,10 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
             )
         write_json(path, settings)
         return
-    there = _flat(json.loads(path.read_text()))
-    here = _flat(settings)
+    try:
+        there, here = _flat(json.loads(path.read_text())), _flat(settings)
+    except ValueError as error:
+        raise ValueError(f"out: {path} is damaged ({error}): choose another --out, or remove {out}") from error
     if different := [key for key in {**there, **here} if there.get(key) != here.get(key)]:
         changes = "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} now" for key in different)
         raise ValueError(
