@@ -1,0 +1,336 @@
+"""What training a DenseNet costs in memory and time: ours against torchvision's and timm's, with the same weights.
+
+    python benchmarks/dense_memory.py            # gates, memory, depth and time, about 25 minutes on a core
+    python benchmarks/dense_memory.py --check    # a minute: counts the memory again, fails where it has changed
+
+Memory is counted operator by operator (`live_bytes.py`) over one forward and backward, without parameters and input:
+exact, the same on every machine, and free on the meta device. Time is processor time of one thread, contestants
+interleaved. Both count only beside the gates: gradients and batch-norm buffers must be those of plain torchvision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from live_bytes import check_the_counter, peak_of_step
+from timm.models.densenet import DenseNet as TimmDenseNet
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.profiler import profile
+from torchvision.models import DenseNet as TorchvisionDenseNet
+
+from resblocks import DenseNet
+from resblocks.dense import CPU_CHUNK
+from resblocks.models import cifar_densenet
+from resblocks.training.environment import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "dense_memory_cpu_2026-11.json"
+FIGURE = ROOT / "docs" / "dense_memory_depth.png"
+BASELINE = "torchvision"
+CONTESTANTS = ("torchvision", "torchvision memory_efficient", "timm", "timm memory_efficient", "shared", "lean")
+TIMED = ("torchvision", "torchvision memory_efficient", "shared", "lean")
+DEPTHS = (28, 52, 100, 196, 292, 388)
+MIB = 2**20
+
+
+# --- the contestants
+
+
+def small(contestant: str, depth: int = 100, device: str = "cpu") -> nn.Module:
+    """DenseNet-BC of so many layers with growth rate 12, for CIFAR."""
+    layers = ((depth - 4) // 6,) * 3
+    if contestant in ("shared", "lean"):
+        return cifar_densenet(depth, 12, memory=contestant, device=device)
+    with torch.device(device):
+        net = theirs(contestant, growth_rate=12, block_config=layers, num_classes=10)
+        net.features.conv0 = nn.Conv2d(3, 24, 3, padding=1, bias=False)
+    for name in ("norm0", "relu0", "pool0"):
+        if hasattr(net.features, name):
+            setattr(net.features, name, nn.Identity())
+    return net
+
+
+def densenet121(contestant: str, device: str = "cpu") -> nn.Module:
+    """The ImageNet net."""
+    if contestant in ("shared", "lean"):
+        return DenseNet(memory=contestant, device=device)
+    with torch.device(device):
+        return theirs(contestant, growth_rate=32, block_config=(6, 12, 24, 16))
+
+
+def theirs(contestant: str, growth_rate: int, **options: Any) -> Any:
+    library, _, mode = contestant.partition(" ")
+    if library == "torchvision":
+        options["num_init_features"] = 2 * growth_rate
+    build = {"torchvision": TorchvisionDenseNet, "timm": TimmDenseNet}[library]
+    return build(growth_rate=growth_rate, memory_efficient=mode == "memory_efficient", **options)
+
+
+def our_name(key: str) -> str:
+    """Our name of a tensor of torchvision's or timm's."""
+    block = re.fullmatch(r"features\.denseblock(\d+)\.denselayer(\d+)\.(.+)", key)
+    if block:
+        return f"stages.{int(block[1]) - 1}.block.layer{block[2]}.branch.{block[3]}"
+    key = re.sub(r"^features\.transition(\d+)", r"stages.\1.transition", key)
+    for old, new in {
+        "features.conv0": "stem.conv",
+        "features.norm0": "stem.norm",
+        "features.norm5": "final.norm",
+    }.items():
+        key = key.replace(old, new)
+    return key.replace("classifier", "head")
+
+
+def with_same_weights(build: Callable[[str], nn.Module], contestants: tuple[str, ...]) -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    nets = {contestant: build(contestant) for contestant in contestants}
+    weights = nets[BASELINE].state_dict()
+    for contestant, net in nets.items():
+        ours = contestant in ("shared", "lean")
+        net.load_state_dict({our_name(key): value for key, value in weights.items()} if ours else weights)
+    return nets
+
+
+def data(batch: int, size: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = None if device == "meta" else torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 3, size, size, device=device, dtype=dtype, generator=generator)
+    return x, torch.arange(batch, device=device) % 10
+
+
+# --- the gates
+
+
+def gates(nets: dict[str, nn.Module], batch: int, size: int) -> dict[str, Any]:
+    """How far gradients and buffers are from those of the baseline after one step in float64."""
+    found = {}
+    for contestant, net in nets.items():
+        net = copy.deepcopy(net).double()
+        x, labels = data(batch, size, dtype=torch.float64)
+        functional.cross_entropy(net(x), labels).backward()
+        rename = (lambda key: key) if contestant in ("shared", "lean") else our_name
+        found[contestant] = (
+            {rename(name): weight.grad for name, weight in net.named_parameters()},
+            {rename(name): buffer for name, buffer in net.named_buffers()},
+        )
+    rows = {}
+    for contestant, (grads, buffers) in found.items():
+        truth = found[BASELINE]
+        counts = {int(buffer) for name, buffer in buffers.items() if name.endswith("num_batches_tracked")}
+        row = {
+            "gradients": max(apart(grad, truth[0][name]) for name, grad in grads.items()),
+            "buffers": max(apart(b, truth[1][name]) for name, b in buffers.items() if b.is_floating_point()),
+            "batches_counted": sorted(counts),
+        }
+        rows[contestant] = {**row, "passes": row["gradients"] < 1e-6 and row["buffers"] < 1e-9 and counts == {1}}
+    return rows
+
+
+def apart(tensor: Tensor, truth: Tensor) -> float:
+    return float((tensor - truth).norm() / truth.norm())
+
+
+# --- memory
+
+
+def count(
+    build: Callable[..., nn.Module], contestant: str, batch: int, size: int, device: str = "meta"
+) -> dict[str, int]:
+    """Bytes that a forward keeps, and the peak of forward and backward."""
+    net = build(contestant, device=device)
+    x, labels = data(batch, size, device)
+    saved, peak = peak_of_step(lambda: functional.cross_entropy(net(x), labels))
+    return {"batch": batch, "saved_bytes": saved, "peak_bytes": peak}
+
+
+def allocator_peak(contestant: str, batch: int) -> int:
+    """The peak that the allocator itself saw on the CPU, with what operators allocate inside themselves."""
+    net = small(contestant)
+    x, labels = data(batch, 32)
+    with profile(profile_memory=True) as watched:
+        functional.cross_entropy(net(x), labels).backward()
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def memory() -> dict[str, Any]:
+    check_the_counter("meta")
+    check_the_counter("cpu")
+    return {
+        "densenet_bc_100_12": {name: count(small, name, 64, 32) for name in CONTESTANTS},
+        "densenet121": {name: count(densenet121, name, 16, 224) for name in CONTESTANTS},
+    }
+
+
+def memory_on_the_cpu() -> dict[str, Any]:
+    """The same count on real tensors, and what the allocator says to it.
+
+    The meta device makes all results of an operator, also those that the caller declines: a chunk more for ours.
+    """
+    rows = {}
+    for name in TIMED:
+        real, meta = count(small, name, 16, 32, "cpu"), count(small, name, 16, 32)
+        if not 0 <= meta["peak_bytes"] - real["peak_bytes"] <= 4 * CPU_CHUNK:
+            raise RuntimeError(f"the counter must find the same on both devices, got {real} and {meta} for {name}")
+        rows[name] = {**real, "allocator_peak_bytes": allocator_peak(name, 16)}
+    return rows
+
+
+def depth_curve() -> dict[str, Any]:
+    names = ("torchvision", "torchvision memory_efficient", "shared", "lean")
+    return {
+        str(depth): {
+            name: count(lambda name, device, depth=depth: small(name, depth, device), name, 64, 32) for name in names
+        }
+        for depth in DEPTHS
+    }
+
+
+# --- time
+
+
+def times(nets: dict[str, nn.Module], batch: int, size: int, layout: str, repeats: int) -> dict[str, Any]:
+    """Seconds of one forward and backward, contestants taking turns, and the ratio to the baseline's of that turn."""
+    order = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[layout]
+    nets = {name: copy.deepcopy(net).to(memory_format=order) for name, net in nets.items()}
+    x, labels = data(batch, size)
+    x = x.contiguous(memory_format=order)
+    seconds: dict[str, list[float]] = {name: [] for name in nets}
+    for repeat in range(-1, repeats):
+        for name, net in nets.items():
+            net.zero_grad()
+            start = time.process_time()
+            functional.cross_entropy(net(x), labels).backward()
+            if repeat >= 0:
+                seconds[name].append(time.process_time() - start)
+    ratios = {name: [a / b for a, b in zip(row, seconds[BASELINE], strict=True)] for name, row in seconds.items()}
+    rows = {
+        name: {
+            "cpu_seconds": [round(second, 4) for second in row],
+            "ratio_min": min(ratios[name]),
+            "ratio_median": statistics.median(ratios[name]),
+            "ratio_max": max(ratios[name]),
+        }
+        for name, row in seconds.items()
+    }
+    return {"batch": batch, "size": size, "layout": layout, "dtype": "float32", "rows": rows}
+
+
+# --- the figure
+
+
+def draw(depths: dict[str, Any], path: Path) -> None:
+    """Peak of a training step against the depth, in MiB and as a ratio to plain torchvision."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    looks = {
+        "torchvision": ("#777777", "torchvision"),
+        "torchvision memory_efficient": ("#d08770", "torchvision, memory_efficient"),
+        "shared": ("#2a6f97", 'resblocks, memory="shared" (default)'),
+        "lean": ("#01497c", 'resblocks, memory="lean"'),
+    }
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    x = [int(depth) for depth in depths]
+    for name, (colour, label) in looks.items():
+        peaks = [row[name]["peak_bytes"] / row[name]["batch"] / MIB for row in depths.values()]
+        plain = [row[BASELINE]["peak_bytes"] / row[BASELINE]["batch"] / MIB for row in depths.values()]
+        ratios = [p / q for p, q in zip(plain, peaks, strict=True)]
+        style = "--" if name == "lean" else "-"
+        left.plot(x, peaks, style, marker="o", markersize=3.5, color=colour, label=label)
+        right.plot(x, ratios, style, marker="o", markersize=3.5, color=colour)
+        left.annotate(
+            f"{peaks[-1]:.0f}", (x[-1], peaks[-1]), (5, -3), textcoords="offset points", color=colour, fontsize=8
+        )
+        right.annotate(
+            f"{ratios[-1]:.1f}x", (x[-1], ratios[-1]), (5, -3), textcoords="offset points", color=colour, fontsize=8
+        )
+    left.set(yscale="log", xlabel="layers", ylabel="peak MiB per image")
+    right.set(xlabel="layers", ylabel="times less than plain torchvision", ylim=(0, None))
+    for axes in (left, right):
+        axes.set_xticks(x)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.set_xlim(0, 430)
+        axes.spines[["top", "right"]].set_visible(False)
+    right.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, loc="upper left")
+    figure.suptitle("Training DenseNet-BC (k = 12) on 32x32 images, batch 64, float32", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+# --- the command
+
+
+def check(path: Path) -> None:
+    """Raise where the memory figures of the file are not those of this source."""
+    kept, now = json.loads(path.read_text(encoding="utf-8"))["memory"], memory()
+    if kept != now:
+        wrong = [
+            f"{net} {name}: {now[net][name]}, was {kept[net][name]}"
+            for net in now
+            for name in now[net]
+            if now[net][name] != kept[net][name]
+        ]
+        raise SystemExit("memory differs from " + path.name + ":\n" + "\n".join(wrong))
+    print(f"the memory figures of {path.name} are those of this source")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only compare the memory figures with the file's")
+    parser.add_argument("--only", choices=["gates", "memory", "depth", "time"], action="append")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.check:
+        check(args.out)
+        return
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "gates": lambda: {"gates": gates(with_same_weights(small, CONTESTANTS), 8, 32)},
+        "memory": lambda: {"memory": memory(), "memory_on_the_cpu": memory_on_the_cpu()},
+        "depth": lambda: {"depth": depth_curve()},
+        "time": lambda: {"time": timings(args.repeats)},
+    }
+    result = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    for part in args.only or parts:
+        made = environment(torch.device("cpu"))
+        made["versions"]["timm"] = timm.__version__
+        result |= parts[part]()
+        result.setdefault("environment", {})[part] = made
+        args.out.parent.mkdir(exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps({part: result.get(part)}, indent=1), flush=True)
+    if "depth" in result:
+        draw(result["depth"], FIGURE)
+
+
+def timings(repeats: int) -> list[dict[str, Any]]:
+    nets = with_same_weights(small, TIMED)
+    rows = [
+        {"net": "densenet_bc_100_12", **times(nets, batch, 32, layout, repeats)}
+        for batch in (64, 16)
+        for layout in ("channels_last", "contiguous")
+    ]
+    large = with_same_weights(densenet121, TIMED)
+    return [*rows, {"net": "densenet121", **times(large, 4, 224, "channels_last", repeats)}]
+
+
+if __name__ == "__main__":
+    main()
