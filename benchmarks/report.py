@@ -116,6 +116,40 @@ def mean_and_std(values: list[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f} (n={len(values)})"
 
 
+def dense_memory_table() -> str:
+    """Peak and saved memory of a DenseNet's training step, for each contestant, and whether its step is right."""
+    result = json.loads((RESULTS / "dense_memory_cpu_2026-11.json").read_text(encoding="utf-8"))
+    rows = []
+    for net, contestants in result["memory"].items():
+        plain = contestants["torchvision"]["peak_bytes"]
+        for name, found in contestants.items():
+            mib = {key: found[key] / found["batch"] / 2**20 for key in ("peak_bytes", "saved_bytes")}
+            right = "equal" if result["gates"][name]["passes"] else "batches counted twice"
+            less = f"{plain / found['peak_bytes']:.1f}"
+            rows.append([f"`{net}`", name, f"{mib['peak_bytes']:.2f}", f"{mib['saved_bytes']:.2f}", less, right])
+    header = [
+        "net",
+        "training step of",
+        "peak, MiB an image",
+        "kept for backward, MiB an image",
+        "times less",
+        "buffers",
+    ]
+    return table(header, rows, "llrrrl")
+
+
+def dense_time_table() -> str:
+    """Time of a training step over torchvision's, of each contestant in each setting."""
+    result = json.loads((RESULTS / "dense_memory_cpu_2026-11.json").read_text(encoding="utf-8"))
+    rows = []
+    for case in result["time"]:
+        for name, found in case["rows"].items():
+            ratios = [f"{found[key]:.2f}" for key in ("ratio_min", "ratio_median", "ratio_max")]
+            setting = f"batch {case['batch']}, {case['dtype']}, {case['layout']}"
+            rows.append([f"`{case['net']}`", setting, name, *ratios, str(len(found["cpu_seconds"]))])
+    return table(["net", "setting", "training step of", "min", "median", "max", "rounds"], rows, "lllrrrr")
+
+
 def options_table() -> str:
     """Each value of each option with its source and the blocks and dims that take it, found by building them."""
     return table(["option", "value", "source", "blocks", "dims"], options.rows(), "lllll")
@@ -181,6 +215,8 @@ TABLES = {
     "names-timm": partial(names_table, "timm"),
     "names-torchvision": partial(names_table, "torchvision"),
     "options": options_table,
+    "dense-memory": dense_memory_table,
+    "dense-time": dense_time_table,
     "results": result_tables,
 }
 
