@@ -72,7 +72,7 @@ def uses_buffer(net: nn.Module, x: Tensor) -> bool:
     functions = []
     node = copy.deepcopy(net)(x.clone().requires_grad_()).grad_fn
     while node is not None:
-        functions.append(node.name())
+        functions.append(type(node).__name__)
         node = next((parent for parent, _ in node.next_functions if parent is not None), None)
     return any(name in ("_BlockBackward", "_PoolBackward") for name in functions)
 
