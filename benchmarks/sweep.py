@@ -1,0 +1,177 @@
+"""Train nets over seeds by named programmes, one JSON a run; the same command goes on where it was stopped.
+
+    python benchmarks/sweep.py --list
+    python benchmarks/sweep.py degradation-cpu --data-dir data/cifar10-jpeg
+    torchrun --nproc-per-node 2 benchmarks/sweep.py paper recipes
+
+A finished run is a file in benchmarks/results/runs/PROGRAMME/, and is not run again, on any machine. An unfinished one
+goes on from its checkpoint in --work. A run that fails is written down with its error, and the next one starts.
+`python benchmarks/report.py` makes tables and figures of the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resblocks.training import Ranks, Recipe, fit, get_recipe, load_dataset
+from resblocks.training.data import Dataset
+from resblocks.training.experiment import build_net
+from resblocks.training.files import write_json
+
+RUNS = Path(__file__).resolve().parent / "results" / "runs"
+PAPERS_NETS = ("resnet18", "resnet18_noskip", "baseline_cnn", "baseline_cnn_bn")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a net, a recipe with some of its values replaced, a seed."""
+
+    model: str
+    recipe: str
+    seed: int = 0
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of the run's file and folder: unlike that of every other cell of a programme."""
+        changed = [f"{option}-{value}" for option, value in self.overrides.items()]
+        return "_".join([self.model, self.recipe, *changed, f"seed-{self.seed}"])
+
+    def full_recipe(self) -> Recipe:
+        return get_recipe(self.recipe, **self.overrides)
+
+
+def cells(models: Iterable[str], recipe: str, *, seeds: int = 1, **overrides: Any) -> tuple[Cell, ...]:
+    """Every model with every seed, seed by seed, so that a sweep that is cut short has all models."""
+    models = list(models)
+    return tuple(Cell(model, recipe, seed, overrides) for seed in range(seeds) for model in models)
+
+
+def plain_and_residual(*depths: int) -> list[str]:
+    """The CIFAR ResNets of He et al. 2015 of these depths, each with and without skips."""
+    return [name for depth in depths for name in (f"resnet{depth}", f"resnet{depth}_noskip")]
+
+
+# Each programme is a table and figures of the site. Those that end in -cpu are what two CPU cores can do.
+PROGRAMMES: dict[str, tuple[Cell, ...]] = {
+    "paper": cells(PAPERS_NETS, "paper", seeds=3, epochs=30),
+    "paper-without-clipping": cells(PAPERS_NETS[:2], "paper", epochs=30, clip_norm=0.0),
+    "recipes": (
+        *cells(["resnet18"], "r26", seeds=3, tta="flip"),
+        *cells(["resnet18"], "r80", tta="flip"),
+        *cells(["resnet18"], "cutout200"),
+    ),
+    "degradation": cells(plain_and_residual(20, 32, 44, 56, 110), "he2015", seeds=3),
+    "families": (
+        *cells(["wrn_16_8"], "wrn"),
+        *cells(["resnext29_8x64d"], "resnext"),
+        *cells(["densenet_bc_100_12"], "densenet"),
+        *cells(["preact_resnet110", "preact_resnet164"], "he2015"),
+    ),
+    "paper-cpu": cells(PAPERS_NETS, "paper", epochs=15),
+    "degradation-cpu": (
+        *cells(plain_and_residual(20, 56), "he2015", epochs=2),
+        *cells(plain_and_residual(20), "he2015", seeds=3, epochs=2)[2:],
+        *cells(plain_and_residual(32, 44), "he2015", epochs=2),
+    ),
+}
+
+
+def run_cell(cell: Cell, dataset: Dataset, file: Path, work: Path, ranks: Ranks, options: dict[str, Any]) -> bool:
+    """Train, evaluate and write one cell; False where the run failed, which is written down as well."""
+    net = build_net(cell.model, dataset, cell.seed)
+    recipe, failure = cell.full_recipe(), None
+    try:
+        result = fit(
+            net, dataset, recipe, out=work / cell.name, name=cell.model, seed=cell.seed, ranks=ranks, **options
+        ).as_dict()
+    except RuntimeError as error:
+        failure = str(error)
+        result = {"name": cell.model, "settings": wanted(cell, dataset), "failed": failure}
+        print(f"failed: {cell.name}: {failure}", file=sys.stderr)
+    if ranks.is_first:
+        write_json(file, result)
+    return failure is None
+
+
+def wanted(cell: Cell, dataset: Dataset) -> dict[str, Any]:
+    """What of a run's settings the cell fixes: a file with others is of another experiment."""
+    return {
+        "dataset": {"name": dataset.name, "split": dataset.split},
+        "recipe": cell.full_recipe().as_dict(),
+        "seed": cell.seed,
+    }
+
+
+def is_finished(file: Path, cell: Cell, dataset: Dataset) -> bool:
+    """Whether the file holds that run, not a failed one.
+
+    Raises:
+        ValueError: it holds a run of other settings.
+    """
+    if not file.exists():
+        return False
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in wanted(cell, dataset).items():
+        there = found["settings"][name]
+        there = {key: there.get(key) for key in value} if isinstance(value, dict) else there
+        if there != value:
+            raise ValueError(f"{file.name} holds a run with {name} {there}, not {value}: remove it, or give --results")
+    return "failed" not in found
+
+
+def unfinished(programme: str, dataset: Dataset, results: Path) -> Iterator[tuple[Cell, Path]]:
+    for cell in PROGRAMMES[programme]:
+        file = results / programme / f"{cell.name}.json"
+        if not is_finished(file, cell, dataset):
+            yield cell, file
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("programmes", nargs="*", metavar="PROGRAMME", help=f"of {', '.join(PROGRAMMES)}")
+    parser.add_argument("--list", action="store_true", help="print the runs of each programme and end")
+    parser.add_argument("--dataset", default="cifar10", help="default: cifar10")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
+    parser.add_argument("--results", type=Path, default=RUNS, help="folder of the JSON files")
+    parser.add_argument("--work", type=Path, default=Path("runs/sweep"), help="folder of the checkpoints")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the nets")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.programmes) - set(PROGRAMMES)):
+        parser.error(f"PROGRAMME must be of {', '.join(PROGRAMMES)}, got {', '.join(unknown)}")
+    if not options.programmes and not options.list:
+        parser.error("PROGRAMME is missing; --list shows them")
+    return options
+
+
+def main() -> int:
+    options = parse_options()
+    if options.list:
+        for programme in options.programmes or PROGRAMMES:
+            print(programme, *(f"  {cell.name}" for cell in PROGRAMMES[programme]), sep="\n")
+        return 0
+    ranks = Ranks.from_env()
+    dataset = ranks.first_then_all(lambda: load_dataset(options.dataset, options.data_dir))
+    todo = [(name, *each) for name in options.programmes for each in unfinished(name, dataset, options.results)]
+    with torch.device("meta"):
+        for _, cell, _ in todo:  # a name that is wrong is found before hours of training
+            build_net(cell.model, dataset)
+    how = {name: getattr(options, name) for name in ("device", "precision", "compile")}
+    fine = [run_cell(cell, dataset, file, options.work / name, ranks, how) for name, cell, file in todo]
+    ranks.close()
+    print(f"{sum(fine)} runs done, {len(fine) - sum(fine)} failed, the others were finished before")
+    return 0 if all(fine) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
