@@ -3,138 +3,159 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from resblocks.layers import DropPath, FrozenBatchNorm, convolution
+from resblocks.blocks import DenseBlock, Transition
+from resblocks.dense_plan import pool_commutes, window
+from resblocks.fused import Clamp, FusedConv, FusedDenseBlock, FusedResidual, affine
+from resblocks.layers import DropPath, FrozenBatchNorm, avg_pool, convolution
 from resblocks.layers import _WeightStandardised as WeightStandardised
-from resblocks.residual import Add, Residual, fitting
+from resblocks.residual import Add, Concat, Residual
 
 
-def fuse(net: nn.Module, *, dtype: torch.dtype | None = None, channels_last: bool = True) -> nn.Module:
+def fuse(
+    net: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = True,
+    input_size: Sequence[int] | None = None,
+    batch_size: int = 1,
+) -> nn.Module:
     """A frozen copy of the net for inference, the same function of its input up to rounding.
 
     Every batch norm that follows a convolution is folded into it, in float32 or wider, before any cast. Where torch
     has the operator (oneDNN on the CPU, cuDNN on CUDA) a convolution, the addition of the shortcut and a ReLU run as
     one; elsewhere, under `torch.compile` and under `torch.export` the plain operators run, and give the same values.
+    Dense blocks write into one buffer, and what their norms do before a 1x1 convolution is folded into it too.
 
     Args:
-        net: any module; its `Residual` blocks and `nn.Sequential` parts are fused, the rest is copied as it is.
+        net: any module; its `Residual` blocks, dense blocks and `nn.Sequential` parts are fused, the rest is copied
+            as it is.
         dtype: of the copy's parameters and inputs; None keeps that of the net.
         channels_last: lay the weights of 2D convolutions out for channels_last inputs, which are faster.
+        input_size: one sample without the batch dimension, for instance (3, 224, 224). Weights of 2D convolutions are
+            then also kept in the layout that oneDNN likes best for this size, which takes their memory twice and is
+            faster. Other sizes give right results, as fast as without. It is a matter of the CPU: on other devices
+            there is nothing to lay out.
+        batch_size: of the inputs that the layout is for.
 
-    Returns: a net in evaluation mode whose parameters need no gradient. It can not train: `train(True)` raises.
+    Returns: a net in evaluation mode whose parameters need no gradient. It can not train: `train(True)` raises. Its
+        state dict does not depend on input_size; copies, pickles and `to` keep the layout.
 
     Shape: that of the net.
+
+    Raises:
+        ValueError: input_size is not a sequence of positive integers, batch_size is below 1 or given without it.
 
     Example:
         >>> from resblocks import create_model
         >>> net = create_model("resnet18").eval()
-        >>> fast = fuse(net)
+        >>> fast = fuse(net, input_size=(3, 64, 64))
         >>> x = torch.randn(1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
         >>> bool(torch.allclose(fast(x), net(x), rtol=1e-3, atol=1e-4))
         True
     """
+    check_sizes(input_size, batch_size)
     fused = copy.deepcopy(net).eval()
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in fused.parameters()):
+    if any(parameter.dtype in HALF for parameter in fused.parameters()):
         dtype = next(fused.parameters()).dtype if dtype is None else dtype
         fused = fused.float()  # fold in float32, then cast: the other order loses most of the digits
-    fused = replace(fused)
+    fused = Fuser(clamps=dtype not in HALF).replace(fused)
     if dtype is not None:
         fused = fused.to(dtype)
     for parameter in fused.parameters():
         parameter.requires_grad_(False)
-    if channels_last and any(parameter.dim() == 4 for parameter in fused.parameters()):
+    last = channels_last and any(parameter.dim() == 4 for parameter in fused.parameters())
+    if last:
         fused = fused.to(memory_format=torch.channels_last)
+    if input_size is not None:
+        prepack(fused, (batch_size, *input_size), torch.channels_last if last else torch.contiguous_format)
     return fused
 
 
-class FusedConv(nn.Module):
-    """A convolution with the norm behind it in its weights, which may also add a map and apply a ReLU.
+HALF = (torch.float16, torch.bfloat16)
 
-    Shape: as the convolution's; `other`, which is added before the ReLU, has the shape of the output.
-    """
 
-    def __init__(self, conv: _ConvNd, norm: nn.Module | None = None) -> None:
-        super().__init__()
-        weight, bias = folded(conv, norm)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.padding = [int(padding) for padding in conv.padding]
-        self.stride, self.dilation, self.groups = list(conv.stride), list(conv.dilation), conv.groups
-        self.relu = False
-
-    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return conv_add_relu(x, self.weight, self.bias, other, self.relu, *geometry)
-
-    def train(self, mode: bool = True) -> FusedConv:
-        """Evaluation only.
-
-        Raises:
-            RuntimeError: mode is True: the norm that would train is gone.
-        """
-        if mode:
-            raise RuntimeError(
-                "a fused net cannot train: its norms are folded into its convolutions; train the net itself"
-            )
-        return super().train(mode)
-
-    def extra_repr(self) -> str:
-        out, into, *kernel = self.weight.shape
-        return (
-            f"{into * self.groups}, {out}, kernel_size={tuple(kernel)}, stride={tuple(self.stride)}, relu={self.relu}"
+def check_sizes(input_size: Sequence[int] | None, batch_size: int) -> None:
+    """Raise unless they are of inputs that weights can be laid out for."""
+    if input_size is not None and (not input_size or min(input_size) < 1):
+        raise ValueError(f"input_size must be positive integers, one sample without the batch, got {input_size!r}")
+    if batch_size < 1 or (input_size is None and batch_size != 1):
+        raise ValueError(
+            f"batch_size must be at least 1, and 1 without input_size, got batch_size={batch_size} "
+            f"with input_size={input_size!r}"
         )
 
 
-class FusedResidual(nn.Module):
-    """A residual block whose last convolution adds the shortcut and applies the activation.
+@torch.no_grad()
+def prepack(net: nn.Module, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    """Lay the weights of the fused convolutions out for what reaches each of them when the net reads this shape."""
+    seen: dict[FusedConv, torch.Size] = {}
 
-    Shape: that of the block.
+    def note(conv: Any, args: tuple[Tensor, ...]) -> None:
+        seen[conv] = args[0].shape
+
+    hooks = [conv.register_forward_pre_hook(note) for conv in net.modules() if isinstance(conv, FusedConv)]
+    try:
+        parameter = next(net.parameters())
+        net(torch.zeros(shape, dtype=parameter.dtype, device=parameter.device).to(memory_format=memory_format))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for conv, read in seen.items():
+        conv.pack(read)
+
+
+class Fuser:
+    """Replaces what it can in a net.
+
+    Args:
+        clamps: whether an affine before a ReLU may move behind it, into a convolution; half precision is too coarse.
     """
 
-    def __init__(self, preact: nn.Module, branch: nn.Sequential, last: FusedConv, shortcut: nn.Module) -> None:
-        super().__init__()
-        self.preact, self.branch, self.last, self.shortcut = preact, branch, last, shortcut
+    def __init__(self, clamps: bool) -> None:
+        self.clamps = clamps
+        self.made: dict[nn.Module, nn.Module] = {}  # a module that serves in several places is replaced once
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.preact(x)
-        y: Tensor = self.last(self.branch(h), self.shortcut(h))
-        return y
+    def replace(self, module: nn.Module) -> nn.Module:
+        """The module with its sequences, residual and dense blocks fused; it is changed itself."""
+        if module not in self.made:
+            for name, child in module._modules.items():  # named_children leaves repeated ones out
+                if child is not None:
+                    setattr(module, name, self.replace(child))
+            self.made[module] = self.fused(module)
+        return self.made[module]
 
+    def fused(self, module: nn.Module) -> nn.Module:
+        """What stands for a module whose children are fused."""
+        if isinstance(module, DropPath | nn.Dropout):
+            return nn.Identity()
+        if type(module) is nn.Sequential:
+            return self.sequence(module)
+        if type(module) is Transition:
+            return self.sequence(pool_first(module))
+        if type(module) is DenseBlock:
+            return fused_dense_block(module)
+        return fused_residual(module) if isinstance(module, Residual) else module
 
-def folded(conv: _ConvNd, norm: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the convolution with the norm behind it in evaluation mode."""
-    weight = conv.standardised() if isinstance(conv, WeightStandardised) else conv.weight
-    if norm is None:
-        return weight.detach().clone(), None if conv.bias is None else conv.bias.detach().clone()
-    factor = torch.rsqrt(norm.running_var + norm.eps)
-    factor = factor if norm.weight is None else factor * norm.weight
-    shift = -norm.running_mean * factor if conv.bias is None else (conv.bias - norm.running_mean) * factor
-    shift = shift if norm.bias is None else shift + norm.bias
-    return (weight * factor.view(-1, *[1] * (weight.dim() - 1))).detach(), shift.detach()
-
-
-def replace(module: nn.Module) -> nn.Module:
-    """The module with its sequences and residual blocks fused."""
-    for name, child in list(module.named_children()):
-        setattr(module, name, replace(child))
-    if isinstance(module, DropPath | nn.Dropout):
-        return nn.Identity()
-    if type(module) is nn.Sequential:
-        return fused_sequence(module)
-    return fused_residual(module) if isinstance(module, Residual) else module
+    def sequence(self, layers: nn.Sequential) -> nn.Sequential:
+        """Convolutions with the norms and ReLUs around them taken in, under the names of the convolutions."""
+        fused = fused_sequence(layers)
+        return clamped_sequence(fused) if self.clamps else fused
 
 
 def fused_sequence(sequence: nn.Sequential) -> nn.Sequential:
-    """Convolutions with the norms and ReLUs that follow them taken in, under the names of the convolutions."""
+    """Convolutions with the norms and ReLUs that follow them taken in."""
     fused = nn.Sequential()
     last: nn.Module | None = None
-    for name, layer in sequence.named_children():
+    for name, layer in sequence._modules.items():
+        assert layer is not None
         if isinstance(last, _ConvNd) and is_foldable(layer, last.out_channels):
             last = FusedConv(last, layer)
             fused[-1] = last
@@ -142,10 +163,10 @@ def fused_sequence(sequence: nn.Sequential) -> nn.Sequential:
             taken = FusedConv(last) if isinstance(last, _ConvNd) else last
             taken.relu, fused[-1], last = True, taken, None
         elif not isinstance(layer, nn.Identity):
-            last = layer if type(layer) in FUSIBLE else None
+            last = layer if is_fusible(layer) else None
             fused.add_module(name, layer)
     for index, layer in enumerate(fused):
-        if isinstance(layer, _ConvNd) and type(layer) in FUSIBLE:
+        if isinstance(layer, _ConvNd) and is_fusible(layer):
             fused[index] = FusedConv(layer)
     return fused
 
@@ -153,13 +174,82 @@ def fused_sequence(sequence: nn.Sequential) -> nn.Sequential:
 FUSIBLE = (*convolution, *WeightStandardised.__subclasses__())
 
 
-def is_foldable(norm: nn.Module, channels: int) -> bool:
+def is_fusible(layer: Any) -> bool:
+    """Whether it is a convolution that a `FusedConv` can stand for."""
+    return type(layer) in FUSIBLE and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def is_foldable(norm: Any, channels: int) -> bool:
     """Whether it normalises so many channels by statistics that are kept."""
     if isinstance(norm, FrozenBatchNorm):
         return True
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
         return False
     return norm.running_mean.numel() == channels
+
+
+def clamped_sequence(sequence: nn.Sequential) -> nn.Sequential:
+    """The same with a `Clamp` for each norm and ReLU whose affine the convolution behind them can take in."""
+    fused, layers = nn.Sequential(), list(sequence)
+    taken: set[int] = set()
+    for at, name in enumerate(sequence._modules):
+        reader = reader_of(layers[at : at + 4])
+        if reader is not None:
+            scale, shift = affine(layers[at])
+            fused.add_module(name, Clamp(scale, shift, reader.weight.dim() - 2))
+            reader.take_in(scale, torch.where(scale == 0, shift.relu(), shift))
+            taken.add(at + 1)
+        elif at not in taken:
+            fused.add_module(name, layers[at])
+    return fused
+
+
+def reader_of(layers: list[nn.Module]) -> FusedConv | None:
+    """The convolution behind norm, ReLU and perhaps an average pool that can take in the affine of the norm."""
+    if len(layers) < 3 or type(layers[1]) is not nn.ReLU:
+        return None
+    norm, _, conv, *rest = layers
+    if type(conv) in avg_pool and window(conv) > 0 and rest:
+        conv = rest[0]
+    if not isinstance(conv, FusedConv) or conv.geometry.groups > 1 or any(conv.geometry.padding):
+        return None
+    return conv if is_foldable(norm, conv.weight.shape[1]) and is_exact(norm) else None
+
+
+def is_exact(norm: Any) -> bool:
+    """Whether few digits are lost when scale and shift of the norm work apart.
+
+    They cancel where a mean is far above its deviation: 16 times what the norm puts out costs 4 of 24 bits.
+    """
+    _, shift = affine(norm)
+    gamma = torch.ones_like(shift) if norm.weight is None else norm.weight
+    size = gamma.abs() + (0 if norm.bias is None else norm.bias.abs())
+    return bool(shift.abs().max() <= 16 * size.mean())
+
+
+def pool_first(transition: Transition) -> nn.Sequential:
+    """Its layers in the order in which it runs them: the pool before a convolution that works within positions."""
+    *before, conv, pool = transition.named_children()
+    last = [pool, conv] if pool_commutes(conv[1], pool[1]) else [conv, pool]
+    return nn.Sequential(OrderedDict([*before, *last]))
+
+
+def fused_dense_block(block: DenseBlock) -> nn.Module:
+    """The block with its layers in one buffer, where each of them is a branch that ends in a convolution."""
+    layers: dict[str, nn.Sequential] = {}
+    growths = []
+    for name, layer in block.named_children():
+        if not isinstance(layer, Residual) or not layer.skip or type(layer.merge) is not Concat:
+            return block
+        around = (layer.preact, layer.shortcut, layer.scale, layer.drop_path, layer.act)
+        if any(type(part) is not nn.Identity for part in around) or type(layer.branch) is not nn.Sequential:
+            return block
+        last = layer.branch[-1]
+        if not isinstance(last, FusedConv):
+            return block
+        layers[name] = layer.branch
+        growths.append(len(last.weight))
+    return FusedDenseBlock(layers, growths)
 
 
 def fused_residual(block: Residual) -> nn.Module:
@@ -174,84 +264,3 @@ def fused_residual(block: Residual) -> nn.Module:
     last.relu = type(block.act) is nn.ReLU
     assert block.shortcut is not None
     return FusedResidual(block.preact, branch[:-1], last, block.shortcut)
-
-
-@torch.fx.wrap
-def conv_add_relu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    other: Tensor | None,
-    relu: bool,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """`relu(conv(x) + other)` in one operator where torch has it; `other` and the ReLU may be left out."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad) or weight.dim() != 4:
-        return plain_conv_add_relu(x, weight, bias, other, relu, stride, padding, dilation, groups)
-    if x.device.type == "cpu" and x.dtype == weight.dtype and has_onednn(x.dtype):
-        onednn: Any = torch.ops.mkldnn._convolution_pointwise
-        geometry = (padding, stride, dilation, groups)
-        if other is None:
-            alone: Tensor = onednn(x, weight, bias, *geometry, "relu" if relu else "none", [], "")
-            return alone
-        return fitting(
-            onednn.binary(x, other, weight, bias, *geometry, "add", 1.0, "relu" if relu else None, [], ""), other
-        )
-    if x.is_cuda and relu and x.dtype == weight.dtype and has_cudnn(x.dtype):
-        if other is None:
-            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
-        return torch.cudnn_convolution_add_relu(x, weight, other, 1.0, bias, stride, padding, dilation, groups)
-    return plain_conv_add_relu(x, weight, bias, other, relu, stride, padding, dilation, groups)
-
-
-def plain_conv_add_relu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    other: Tensor | None,
-    relu: bool,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """The same by the operators that every backend has."""
-    conv = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[weight.dim() - 3]
-    y = conv(x, weight, bias, stride, padding, dilation, groups)
-    if other is not None:
-        y = other + fitting(y, other)
-    return torch.relu(y) if relu else y
-
-
-@cache
-def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether torch's own fused oneDNN operator runs here and is right; it is not part of torch's public interface."""
-    return _runs_right(torch.device("cpu"), dtype)
-
-
-@cache
-def has_cudnn(dtype: torch.dtype) -> bool:
-    """Whether torch's fused cuDNN operators run here and are right."""
-    return _runs_right(torch.device("cuda"), dtype)
-
-
-def _runs_right(device: torch.device, dtype: torch.dtype) -> bool:
-    x, other = torch.ones(1, 2, 3, 3, device=device, dtype=dtype), torch.ones(1, 2, 3, 3, device=device, dtype=dtype)
-    weight, bias = (
-        torch.full((2, 2, 1, 1), -0.25, device=device, dtype=dtype),
-        torch.zeros(2, device=device, dtype=dtype),
-    )
-    geometry = ([1, 1], [0, 0], [1, 1], 1)
-    try:
-        if device.type == "cpu":
-            y = torch.ops.mkldnn._convolution_pointwise.binary(
-                x, other, weight, bias, [0, 0], [1, 1], [1, 1], 1, "add", 1.0, "relu", [], ""
-            )
-        else:
-            y = torch.cudnn_convolution_add_relu(x, weight, other, 1.0, bias, *geometry)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return bool(torch.equal(y, plain_conv_add_relu(x, weight, bias, other, True, *geometry)))

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import resblocks as rb
-from resblocks import fuse as fuse_module
-from resblocks.fuse import FusedConv, FusedResidual, fuse
+from resblocks import fused
+from resblocks.fuse import FusedConv, FusedDenseBlock, FusedResidual, fuse
+from resblocks.fused import Clamp
 from tests.blocks import count, image
 
 NETS = {
@@ -19,6 +20,7 @@ NETS = {
     "resnext50_32x4d": {},
     "preact_resnet18": {},
     "densenet_bc_100_12": {},
+    "densenet_40_12": {},
     "wrn_16_4": {"dropout": 0.3},
     "resnet20": {"shortcut": "A"},
     "baseline_cnn": {"norm": nn.BatchNorm2d},
@@ -37,6 +39,16 @@ def trained(name, **options):
     return net
 
 
+def scattered(net):
+    """The net with some of its norms' scales below zero, and some at zero."""
+    with torch.no_grad():
+        for layer in net.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.weight[::3] *= -1
+                layer.weight[:2] = 0
+    return net
+
+
 def relative_error(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
@@ -44,7 +56,7 @@ def relative_error(ours, theirs):
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("grad", [False, True], ids=["fused operators", "plain operators"])
 def test_fused_net_is_the_same_function(name, grad):
-    net = trained(name, **NETS[name])
+    net = scattered(trained(name, **NETS[name]))
     x = image(3, 32, batch=2).requires_grad_(grad)
     with torch.set_grad_enabled(grad):
         assert relative_error(fuse(net)(x), net(x)) < 1e-5
@@ -88,15 +100,38 @@ def test_folding_comes_before_the_cast():
     assert relative_error(late, exact) < relative_error(early, exact)
 
 
-def test_fused_net_exports_and_compiles():
-    net = trained("resnet20")
-    fast, x = fuse(net), image(3, 16, batch=2)
+@pytest.mark.parametrize("build", [
+    lambda act: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act, nn.Conv2d(4, 4, 1), act),
+    lambda act: nn.Sequential(*[rb.BasicBlock(4, 4)] * 2),
+    lambda act: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), act),
+    lambda act: nn.Sequential(nn.Conv2d(4, 4, 3, padding="same"), nn.BatchNorm2d(4), act),
+    lambda act: nn.Sequential(nn.BatchNorm2d(4), act, nn.AvgPool2d(3, 2, padding=1), nn.Conv2d(4, 4, 1)),
+    lambda act: nn.Sequential(nn.BatchNorm2d(4), act, nn.Conv2d(4, 4, 3, padding=1)),
+], ids=["shared ReLU", "shared block", "circular", "same", "padded pool", "padded convolution"])  # fmt: skip
+def test_layers_that_invite_mistakes_give_the_same(build):
+    net = build(nn.ReLU()).eval()
+    x = image(4, 8, batch=2)
+    with torch.no_grad():
+        for layer in net.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.bias.fill_(0.5)
+        assert relative_error(fuse(net)(x), net(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["resnet20", "densenet_bc_100_12"])
+@pytest.mark.parametrize("options", [{}, {"input_size": (3, 16, 16), "batch_size": 2}], ids=["", "prepacked"])
+def test_fused_net_exports_compiles_and_traces(name, options):
+    net = trained(name)
+    fast, x = fuse(net, **options), image(3, 16, batch=2)
     with torch.no_grad():
         expected = net(x)
         exported = torch.export.export(fast, (x,)).module()
         torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-5)
         compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+        assert relative_error(torch.vmap(fast)(x[:, None])[:, 0], expected) < 1e-5
+    if name == "resnet20":
+        assert relative_error(torch.fx.symbolic_trace(fast)(x), expected) < 1e-5
 
 
 def test_fused_net_survives_copies():
@@ -108,15 +143,21 @@ def test_fused_net_survives_copies():
 
 def test_operators_that_are_missing_or_wrong_are_not_used(monkeypatch):
     net = trained("resnet20")
-    monkeypatch.setattr(fuse_module, "has_onednn", lambda dtype: False)
-    monkeypatch.setattr(torch.ops.mkldnn, "_convolution_pointwise", None, raising=False)
+    for name, test in {
+        "_convolution_pointwise": fused.has_onednn,
+        "_reorder_convolution_weight": fused.has_layouts,
+    }.items():
+        test.cache_clear()
+        monkeypatch.setattr(torch.ops.mkldnn, name, None, raising=False)
     x = image(3, 16, batch=2)
     with torch.no_grad():
-        assert relative_error(fuse(net)(x), net(x)) < 1e-5
+        assert relative_error(fuse(net, input_size=(3, 16, 16), batch_size=2)(x), net(x)) < 1e-5
+    fused.has_onednn.cache_clear()
+    fused.has_layouts.cache_clear()
 
 
 def test_one_operator_runs_the_block_where_torch_has_it():
-    if not fuse_module.has_onednn(torch.float32):
+    if not fused.has_onednn(torch.float32):
         pytest.skip("this torch has no oneDNN")
     fast, x = fuse(trained("resnet20")), image(3, 16, batch=1)
     with torch.profiler.profile() as profile, torch.no_grad():
@@ -137,3 +178,86 @@ def test_channels_last_is_the_layout_of_the_weights_unless_told():
     assert fuse(net).stages[0][0].last.weight.is_contiguous(memory_format=torch.channels_last)
     assert fuse(net, channels_last=False).stages[0][0].last.weight.is_contiguous()
     assert partial(fuse, dtype=torch.float64)(net).head.weight.dtype == torch.float64
+
+
+def prepacked(net, batch=2):
+    return fuse(net, input_size=(3, 16, 16), batch_size=batch)
+
+
+def layouts(net):
+    return [conv.packed.weight for conv in net.modules() if isinstance(conv, FusedConv) and conv.packed is not None]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "preact_resnet18", "densenet_bc_100_12"])
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (1, 3, 16, 16), (2, 3, 33, 24)])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_prepacked_net_is_right_for_every_input(name, shape, memory_format):
+    net = trained(name)
+    x = torch.randn(shape).contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        assert relative_error(prepacked(net)(x), net(x)) < 1e-5
+
+
+@pytest.mark.skipif(not fused.has_layouts(torch.float32), reason="this torch has no layouts of oneDNN")
+@pytest.mark.parametrize("change", [
+    copy.deepcopy,
+    lambda net: pickle.loads(pickle.dumps(net)),
+    lambda net: net.to(memory_format=torch.contiguous_format),
+    lambda net: net.double().float(),
+    lambda net: fuse(net),
+])  # fmt: skip
+def test_layouts_follow_the_weights(change):
+    fast, x = prepacked(trained("resnet20")), image(3, 16, batch=2)
+    with torch.no_grad():
+        other = change(copy.deepcopy(fast))
+        assert len(layouts(other)) == count(other, FusedConv) == 19
+        assert all(weight is not None and weight.is_mkldnn for weight in layouts(other))
+        assert relative_error(other(x), fast(x)) < 1e-6
+
+
+def test_state_dict_knows_no_layouts():
+    net, x = trained("resnet20"), image(3, 16, batch=2)
+    plain, fast = fuse(net), prepacked(trained("resnet20"))
+    assert list(plain.state_dict()) == list(fast.state_dict())
+    fast.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        assert relative_error(fast(x), net(x)) < 1e-5
+
+
+def test_layouts_do_not_leave_the_cpu():
+    fast = prepacked(trained("resnet20")).to("meta")
+    assert not any(weight is not None for weight in layouts(fast))
+    assert fast(torch.empty(2, 3, 16, 16, device="meta")).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("sizes", "message"), [
+    ({"input_size": ()}, r"input_size must be positive integers, one sample without the batch, got \(\)"),
+    ({"input_size": (3, 0, 8)}, r"input_size must be positive integers, .* got \(3, 0, 8\)"),
+    ({"input_size": (3, 8, 8), "batch_size": 0}, "batch_size must be at least 1.* got batch_size=0"),
+    ({"batch_size": 8}, "batch_size must be .* 1 without input_size, got batch_size=8 with input_size=None"),
+])  # fmt: skip
+def test_sizes_that_cannot_be_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        fuse(rb.BasicBlock(3, 3), **sizes)
+
+
+def test_dense_blocks_write_into_one_buffer():
+    fast, x = fuse(trained("densenet_bc_100_12")), image(3, 16, batch=2)
+    assert count(fast, FusedDenseBlock) == 3
+    assert count(fast, Clamp) == 48 + 2  # before each 1x1 convolution, of layers and transitions
+    assert count(fast, nn.BatchNorm2d) == 1  # the last, before the pool
+    with torch.profiler.profile() as profile, torch.no_grad():
+        fast(x)
+    assert "aten::cat" not in {event.key for event in profile.key_averages()}
+
+
+def test_norm_whose_digits_would_cancel_is_not_taken_apart():
+    block = rb.DenseBlock(8, 16, growth_rate=4).eval()
+    first = block[0].branch.norm1
+    first.running_mean.fill_(1e4)
+    x = 1e4 + image(8, 8)
+    with torch.no_grad():
+        fast = fuse(block)
+        assert relative_error(fast(x)[:, 8:], block(x)[:, 8:]) < 1e-5
+    assert count(fast, Clamp) == 1
+    assert count(fuse(block, dtype=torch.bfloat16), Clamp) == 0

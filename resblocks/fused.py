@@ -1,0 +1,318 @@
+"""What a fused net is made of: convolutions that add and rectify, dense layers that clamp; see `resblocks.fuse`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from resblocks.dense import _format as format_of
+from resblocks.layers import _WeightStandardised as WeightStandardised
+from resblocks.layers import over_positions
+from resblocks.residual import fitting
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over its input."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+class Packed(NamedTuple):
+    """A weight in the layout that oneDNN chooses for one shape of the input; None where it offers none."""
+
+    shape: tuple[int, ...]
+    weight: Tensor | None
+
+
+class Frozen(nn.Module):
+    """A module that is for evaluation only."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Evaluation only.
+
+        Raises:
+            RuntimeError: mode is True: the norm that would train is gone.
+        """
+        if mode:
+            raise RuntimeError(
+                "a fused net cannot train: its norms are folded into its convolutions; train the net itself"
+            )
+        return super().train(mode)
+
+
+class FusedConv(Frozen):
+    """A convolution with the norm behind it in its weights, which may also add a map and apply a ReLU.
+
+    Its state dict holds weight and bias alone. A prepacked weight is made of them anew after `load_state_dict`, `to`,
+    a copy and a pickle.
+
+    Shape: as the convolution's; `other`, which is added before the ReLU, has the shape of the output.
+    """
+
+    packed: Packed | None = None
+
+    def __init__(self, conv: _ConvNd, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        weight, bias = folded(conv, norm)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        padding = [int(padding) for padding in conv.padding]
+        self.geometry = Geometry(list(conv.stride), padding, list(conv.dilation), conv.groups)
+        self.relu = False
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        packed = self.packed if runs_eagerly(x) else None  # nothing that traces knows the layout
+        return conv_add_relu(x, self.weight, self.bias, other, self.relu, self.geometry, packed)
+
+    def pack(self, shape: Sequence[int]) -> None:
+        """Lay the weight out for inputs of this shape, the batch included."""
+        self.packed = Packed(tuple(shape), packed_weight(self.weight, shape, self.geometry))
+
+    def take_in(self, scale: Tensor, shift: Tensor) -> None:
+        """Read z where `scale * z + shift` was read; the convolution must not pad."""
+        weight = self.weight.detach()
+        bias = torch.einsum("oi...,i->o", weight, shift) + (0 if self.bias is None else self.bias)
+        self.weight = nn.Parameter(weight * over_positions(scale, weight), requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def _repack(self) -> None:
+        if self.packed is not None:
+            self.pack(self.packed.shape)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FusedConv:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._repack()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._repack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The layout belongs to this machine's oneDNN, and torch can neither copy nor save it.
+        return {**self.__dict__, "packed": self.packed and Packed(self.packed.shape, None)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._repack()
+
+    def extra_repr(self) -> str:
+        out, into, *kernel = self.weight.shape
+        said = f"{into * self.geometry.groups}, {out}, kernel_size={tuple(kernel)}"
+        said += f", stride={tuple(self.geometry.stride)}, relu={self.relu}"
+        return said if self.packed is None else f"{said}, packed for {self.packed.shape}"
+
+
+class FusedResidual(nn.Module):
+    """A residual block whose last convolution adds the shortcut and applies the activation.
+
+    Shape: that of the block.
+    """
+
+    def __init__(self, preact: nn.Module, branch: nn.Sequential, last: FusedConv, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.preact, self.branch, self.last, self.shortcut = preact, branch, last, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.preact(x)
+        y: Tensor = self.last(self.branch(h), self.shortcut(h))
+        return y
+
+
+class FusedDenseBlock(nn.Sequential):
+    """Dense layers that write their maps side by side in one buffer, the output of the block.
+
+    Shape: that of the block.
+    """
+
+    def __init__(self, layers: dict[str, nn.Sequential], growths: Sequence[int]) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.growths = list(growths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not runs_eagerly(x):
+            for layer in self:
+                x = torch.cat([x, layer(x)], 1)
+            return x
+        stop, memory_format = x.shape[1], format_of(x)
+        shape = (x.shape[0], stop + sum(self.growths), *x.shape[2:])
+        maps = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+        maps[:, :stop] = x
+        for layer, growth in zip(self, self.growths, strict=True):
+            read = maps[:, :stop]
+            if not isinstance(next(layer.children()), Clamp):  # which reads the slice as it lies
+                read = read.contiguous(memory_format=memory_format)
+            maps[:, stop : stop + growth] = layer(read)
+            stop += growth
+        return maps
+
+
+class Clamp(Frozen):
+    """Half of a norm and a ReLU before a convolution, whose other half is in the weights.
+
+    For scale > 0 it is `relu(scale * x + shift) = scale * max(x, t) + shift` with `t = -shift / scale`, for scale < 0
+    a minimum, and for scale = 0 a constant. The affine that is left is linear, and the convolution takes it in: what
+    took passes over the maps takes one.
+
+    Shape: (N, channels, ...) -> same.
+    """
+
+    lower: Tensor
+    upper: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor, dims: int) -> None:
+        super().__init__()
+        edge = torch.where(scale == 0, 0.0, -shift / scale)
+        shape = (1, -1, *[1] * dims)
+        self.register_buffer("lower", edge.where(scale >= 0, -math.inf).view(shape))
+        self.register_buffer("upper", edge.where(scale <= 0, math.inf).view(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.clamp(x, self.lower, self.upper)
+
+    def extra_repr(self) -> str:
+        return str(self.lower.numel())
+
+
+def folded(conv: _ConvNd, norm: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the convolution with the norm behind it in evaluation mode."""
+    weight = conv.standardised() if isinstance(conv, WeightStandardised) else conv.weight
+    if norm is None:
+        return weight.detach().clone(), None if conv.bias is None else conv.bias.detach().clone()
+    scale, shift = affine(norm)
+    shift = shift if conv.bias is None else shift + conv.bias * scale
+    return (weight * over_positions(scale[:, None], weight)).detach(), shift.detach()
+
+
+def affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a norm in evaluation mode."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale.detach(), (shift if norm.bias is None else shift + norm.bias).detach()
+
+
+# --- one operator where torch has it; none of these is part of torch's public interface, so each is tried before use
+
+
+def runs_eagerly(x: object) -> bool:
+    """Whether nothing traces and nothing is recorded, so that operators may run that only some backends know."""
+    # is_compiling comes first: torch.compile and torch.export then trace nothing of this.
+    if torch.compiler.is_compiling() or type(x) is not Tensor:  # a proxy of torch.fx, a fake tensor, ...
+        return False
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    return not (torch.is_grad_enabled() and x.requires_grad)
+
+
+@torch.fx.wrap
+def conv_add_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    relu: bool,
+    geometry: Geometry,
+    packed: Packed | None = None,
+) -> Tensor:
+    """`relu(conv(x) + other)` in one operator where torch has it; `other` and the ReLU may be left out."""
+    if weight.dim() != 4 or x.dtype != weight.dtype or not runs_eagerly(x):
+        return plain_conv_add_relu(x, weight, bias, other, relu, geometry)
+    if x.device.type == "cpu" and has_onednn(x.dtype):
+        if packed is not None and packed.weight is not None and packed.shape == x.shape:
+            weight = packed.weight
+        return _onednn(x, weight, bias, other, relu, geometry)
+    if x.is_cuda and relu and has_cudnn(x.dtype):
+        return _cudnn(x, weight, bias, other, geometry)
+    return plain_conv_add_relu(x, weight, bias, other, relu, geometry)
+
+
+def plain_conv_add_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool, geometry: Geometry
+) -> Tensor:
+    """The same by the operators that every backend has."""
+    conv = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[weight.dim() - 3]
+    y = conv(x, weight, bias, *geometry)
+    if other is not None:
+        y = other + fitting(y, other)
+    return torch.relu(y) if relu else y
+
+
+def _onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool, geometry: Geometry
+) -> Tensor:
+    operator: Any = torch.ops.mkldnn._convolution_pointwise
+    stride, padding, dilation, groups = geometry
+    moves = (padding, stride, dilation, groups)
+    if other is None:
+        y: Tensor = operator(x, weight, bias, *moves, "relu" if relu else "none", [], "")
+        return y
+    return fitting(operator.binary(x, other, weight, bias, *moves, "add", 1.0, "relu" if relu else None, [], ""), other)
+
+
+def _cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, geometry: Geometry) -> Tensor:
+    if other is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.cudnn_convolution_add_relu(x, weight, other, 1.0, bias, *geometry)
+
+
+def packed_weight(weight: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor | None:
+    """The weight in the layout that oneDNN likes best for inputs of this shape, or None where there is none."""
+    fits = weight.device.type == "cpu" and weight.dim() == len(shape) == 4
+    return _reordered(weight, shape, geometry) if fits and has_layouts(weight.dtype) else None
+
+
+def _reordered(weight: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        weight.detach(), padding, stride, dilation, groups, list(shape)
+    )
+    return packed
+
+
+@cache
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether torch's fused oneDNN operator runs here and is right."""
+    return _is_right(torch.device("cpu"), dtype, lambda x, weight, *rest: _onednn(x, weight, *rest))
+
+
+@cache
+def has_layouts(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's own layouts of a weight can be had here and give right results."""
+    return has_onednn(dtype) and _is_right(
+        torch.device("cpu"), dtype, lambda x, weight, *rest: _onednn(x, _reordered(weight, x.shape, POINTWISE), *rest)
+    )
+
+
+@cache
+def has_cudnn(dtype: torch.dtype) -> bool:
+    """Whether torch's fused cuDNN operators run here and are right."""
+    return _is_right(
+        torch.device("cuda"), dtype, lambda x, weight, bias, other, _, moves: _cudnn(x, weight, bias, other, moves)
+    )
+
+
+POINTWISE = Geometry([1, 1], [0, 0], [1, 1], 1)
+
+
+@torch.no_grad()
+def _is_right(device: torch.device, dtype: torch.dtype, operator: Callable[..., Tensor]) -> bool:
+    """Whether the operator runs, and gives on small integers, which have no rounding, what the plain ones give."""
+    try:
+        x, other = (torch.ones(1, 2, 3, 3, device=device, dtype=dtype) for _ in range(2))
+        weight = torch.full((2, 2, 1, 1), -0.25, device=device, dtype=dtype)
+        given = (x, weight, torch.zeros(2, device=device, dtype=dtype), other, True, POINTWISE)
+        return bool(torch.equal(operator(*given), plain_conv_add_relu(*given)))
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
