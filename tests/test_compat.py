@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ NEEDS = {"onnx": ("onnxscript", "onnxruntime"), "quantised": ("torchao",), "feat
 # The checks that take seconds run on these nets by default, on all of them with -m slow.
 SECONDS = {
     "compile": ("bottleneck, deep stem, shortcut D", "dense"),
+    "compile by inductor": ("basic",),
     "compile in training": ("basic, drop path, layer scale", "ResNeXt, SE"),
     "onnx": ("ResNeXt, SE", "dense"),
     "quantised": ("basic",),
@@ -46,6 +48,8 @@ def cases() -> list[Any]:
 def test_tool_gives_the_numbers_of_the_net(net: str, check: str) -> None:
     for package in NEEDS.get(check, ()):
         pytest.importorskip(package, exc_type=ImportError)
+    if check == "compile by inductor" and not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("inductor needs a C++ compiler")
     COMPAT["CHECKS"][check](COMPAT["SMALL"][net])
 
 
