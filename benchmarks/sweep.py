@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 benchmarks/sweep.py paper recipes
 
 A finished run is a file in benchmarks/results/runs/PROGRAMME/, and is not run again, on any machine. An unfinished one
-goes on from its checkpoint in --work. A run that fails is written down with its error, and the next one starts.
+goes on from its checkpoint in --work. A run that diverges is written down with its error, and the next one starts.
 `python benchmarks/report.py` makes tables and figures of the files.
 """
 
@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from resblocks.training import Ranks, Recipe, fit, get_recipe, load_dataset
+from resblocks.training import Diverged, Ranks, Recipe, fit, get_recipe, load_dataset
 from resblocks.training.data import Dataset
 from resblocks.training.experiment import build_net
 from resblocks.training.files import write_json
@@ -32,12 +33,13 @@ PAPERS_NETS = ("resnet18", "resnet18_noskip", "baseline_cnn", "baseline_cnn_bn")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a net, a recipe with some of its values replaced, a seed."""
+    """One run: a net, a recipe with some of its values replaced, a seed, a data set."""
 
     model: str
     recipe: str
     seed: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
+    dataset: str = "cifar10"
 
     @property
     def name(self) -> str:
@@ -49,10 +51,11 @@ class Cell:
         return get_recipe(self.recipe, **self.overrides)
 
 
-def cells(models: Iterable[str], recipe: str, *, seeds: int = 1, **overrides: Any) -> tuple[Cell, ...]:
+def cells(
+    models: Sequence[str], recipe: str, *, seeds: int = 1, dataset: str = "cifar10", **overrides: Any
+) -> tuple[Cell, ...]:
     """Every model with every seed, seed by seed, so that a sweep that is cut short has all models."""
-    models = list(models)
-    return tuple(Cell(model, recipe, seed, overrides) for seed in range(seeds) for model in models)
+    return tuple(Cell(model, recipe, seed, overrides, dataset) for seed in range(seeds) for model in models)
 
 
 def plain_and_residual(*depths: int) -> list[str]:
@@ -60,7 +63,7 @@ def plain_and_residual(*depths: int) -> list[str]:
     return [name for depth in depths for name in (f"resnet{depth}", f"resnet{depth}_noskip")]
 
 
-# Each programme is a table and figures of the site. Those that end in -cpu are what two CPU cores can do.
+# Each programme makes tables and figures of the site. Those that end in -cpu are what two CPU cores can do.
 PROGRAMMES: dict[str, tuple[Cell, ...]] = {
     "paper": cells(PAPERS_NETS, "paper", seeds=3, epochs=30),
     "paper-without-clipping": cells(PAPERS_NETS[:2], "paper", epochs=30, clip_norm=0.0),
@@ -76,7 +79,9 @@ PROGRAMMES: dict[str, tuple[Cell, ...]] = {
         *cells(["densenet_bc_100_12"], "densenet"),
         *cells(["preact_resnet110", "preact_resnet164"], "he2015"),
     ),
+    "digits": cells(["baseline_cnn_bn", "resnet18_noskip", "resnet18"], "digits", seeds=3, dataset="digits"),
     "paper-cpu": cells(PAPERS_NETS, "paper", epochs=15),
+    "paper-small-cpu": cells(["resnet20", "resnet20_noskip", "baseline_cnn_20"], "paper", epochs=5),
     "degradation-cpu": (
         *cells(plain_and_residual(20, 56), "he2015", epochs=2),
         *cells(plain_and_residual(20), "he2015", seeds=3, epochs=2)[2:],
@@ -86,14 +91,14 @@ PROGRAMMES: dict[str, tuple[Cell, ...]] = {
 
 
 def run_cell(cell: Cell, dataset: Dataset, file: Path, work: Path, ranks: Ranks, options: dict[str, Any]) -> bool:
-    """Train, evaluate and write one cell; False where the run failed, which is written down as well."""
+    """Train, evaluate and write one cell; False where the loss diverged, which is written down as well."""
     net = build_net(cell.model, dataset, cell.seed)
     recipe, failure = cell.full_recipe(), None
     try:
         result = fit(
             net, dataset, recipe, out=work / cell.name, name=cell.model, seed=cell.seed, ranks=ranks, **options
         ).as_dict()
-    except RuntimeError as error:
+    except Diverged as error:
         failure = str(error)
         result = {"name": cell.model, "settings": wanted(cell, dataset), "failed": failure}
         print(f"failed: {cell.name}: {failure}", file=sys.stderr)
@@ -112,7 +117,7 @@ def wanted(cell: Cell, dataset: Dataset) -> dict[str, Any]:
 
 
 def is_finished(file: Path, cell: Cell, dataset: Dataset) -> bool:
-    """Whether the file holds that run, not a failed one.
+    """Whether the file holds that run, diverged or not: the same run again would end in the same way.
 
     Raises:
         ValueError: it holds a run of other settings.
@@ -125,22 +130,23 @@ def is_finished(file: Path, cell: Cell, dataset: Dataset) -> bool:
         there = {key: there.get(key) for key in value} if isinstance(value, dict) else there
         if there != value:
             raise ValueError(f"{file.name} holds a run with {name} {there}, not {value}: remove it, or give --results")
-    return "failed" not in found
+    return True
 
 
-def unfinished(programme: str, dataset: Dataset, results: Path) -> Iterator[tuple[Cell, Path]]:
-    for cell in PROGRAMMES[programme]:
-        file = results / programme / f"{cell.name}.json"
-        if not is_finished(file, cell, dataset):
-            yield cell, file
+def unfinished(programmes: list[str], datasets: dict[str, Dataset], results: Path) -> Iterator[tuple[Cell, Path]]:
+    """The cells that are to be run, each with the file that it will write."""
+    for programme in programmes:
+        for cell in PROGRAMMES[programme]:
+            file = results / programme / f"{cell.name}.json"
+            if not is_finished(file, cell, datasets[cell.dataset]):
+                yield cell, file
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("programmes", nargs="*", metavar="PROGRAMME", help=f"of {', '.join(PROGRAMMES)}")
     parser.add_argument("--list", action="store_true", help="print the runs of each programme and end")
-    parser.add_argument("--dataset", default="cifar10", help="default: cifar10")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of the CIFAR images (default: data)")
     parser.add_argument("--results", type=Path, default=RUNS, help="folder of the JSON files")
     parser.add_argument("--work", type=Path, default=Path("runs/sweep"), help="folder of the checkpoints")
     parser.add_argument("--device", default="auto")
@@ -161,17 +167,23 @@ def main() -> int:
             print(programme, *(f"  {cell.name}" for cell in PROGRAMMES[programme]), sep="\n")
         return 0
     ranks = Ranks.from_env()
-    dataset = ranks.first_then_all(lambda: load_dataset(options.dataset, options.data_dir))
-    todo = [(name, *each) for name in options.programmes for each in unfinished(name, dataset, options.results)]
+    needed = sorted({cell.dataset for name in options.programmes for cell in PROGRAMMES[name]})
+    datasets = {name: ranks.first_then_all(partial(load_dataset, name, options.data_dir)) for name in needed}
+    todo = list(unfinished(options.programmes, datasets, options.results))
     with torch.device("meta"):
-        for _, cell, _ in todo:  # a name that is wrong is found before hours of training
-            build_net(cell.model, dataset)
+        for cell, _ in todo:  # a name that is wrong is found before hours of training
+            build_net(cell.model, datasets[cell.dataset])
     how = {name: getattr(options, name) for name in ("device", "precision", "compile")}
-    fine = [run_cell(cell, dataset, file, options.work / name, ranks, how) for name, cell, file in todo]
+    fine = []
+    for cell, file in todo:
+        fine.append(run_cell(cell, datasets[cell.dataset], file, options.work / file.parent.name, ranks, how))
     ranks.close()
     print(f"{sum(fine)} runs done, {len(fine) - sum(fine)} failed, the others were finished before")
     return 0 if all(fine) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, RuntimeError, ImportError) as error:
+        sys.exit(f"error: {error}")

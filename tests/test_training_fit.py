@@ -323,6 +323,20 @@ def test_figures_show_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert gradients[0] == ("Baseline CNN", [0.1, 0.01, 0.001, 0.0001])  # the projection is left out
 
 
+def test_figures_show_mean_and_range_of_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resblocks.training import figures
+
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(figures, "_save", lambda figure, path, formats: drawn.update({path.name: figure}) or [])
+    draw_figures([_made_up("resnet18", seed) for seed in (0, 1, 5)], tmp_path)
+    axes = drawn["figure2_validation"].axes[0]
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[43.0, 44.0, 45.0]]
+    (band,) = axes.collections
+    assert band.get_paths()[0].get_extents().intervaly.tolist() == [41.0, 48.0]
+    with pytest.raises(ValueError, match=r"same epochs, resnet18 has \[2, 3\]"):
+        draw_figures([_made_up("resnet18", 0), _made_up("resnet18", 1, epochs=2)], tmp_path)
+
+
 def test_figures_need_results(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one finished epoch"):
         draw_figures([], tmp_path)

@@ -17,7 +17,7 @@ from resblocks.training.data import (
 from resblocks.training.experiment import PAPER, build_net, results_table, run_variants, write_results
 from resblocks.training.figures import draw_figures
 from resblocks.training.files import FolderLock
-from resblocks.training.fit import fit
+from resblocks.training.fit import Diverged, fit
 from resblocks.training.ranks import Ranks
 from resblocks.training.recipe import RECIPES, Recipe, get_recipe
 from resblocks.training.result import Result
@@ -28,6 +28,7 @@ __all__ = [
     "PAPER",
     "RECIPES",
     "Dataset",
+    "Diverged",
     "FolderLock",
     "Interrupted",
     "Ranks",

@@ -49,11 +49,16 @@ _STYLE = {
 def draw_figures(results: Sequence[Result], folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
     """Figures 1 and 2: curves of the nets without "_noskip"; 3: gradients; 4 and 5: curves of all. Returns the files.
 
+    Results of one name are seeds of one experiment: their mean is drawn, and a band from the smallest to the largest.
+
     Raises:
-        ValueError: no results, or results without a finished epoch.
+        ValueError: no results, results without a finished epoch, seeds of one net with other numbers of epochs.
     """
     if not results or not all(result.epochs for result in results):
         raise ValueError("draw_figures needs results with at least one finished epoch each")
+    for seeds in _by_name(results):
+        if len(lengths := {len(run.epochs) for run in seeds}) > 1:
+            raise ValueError(f"results of one name must have the same epochs, {seeds[0].name} has {sorted(lengths)}")
     require("matplotlib").use("Agg")
     some = [result for result in results if not result.name.endswith("_noskip")] or results
     split = results[0].settings["dataset"]["split"]
@@ -72,12 +77,13 @@ def draw_figures(results: Sequence[Result], folder: str | Path, formats: Sequenc
 
 def _curves(results: Sequence[Result], part: str, where: str) -> Any:
     """Accuracy on the left, loss on the right, by epoch."""
-    figure, (left, right) = _panels()
-    for index, result in enumerate(results):
-        epochs = [epoch["epoch"] for epoch in result.epochs]
-        look = _look(result, index, len(epochs))
-        left.plot(epochs, [epoch[f"{part}_accuracy_percent"] for epoch in result.epochs], **look)
-        right.plot(epochs, [epoch[f"{part}_loss"] for epoch in result.epochs], **look)
+    figure, panels = _panels()
+    for index, seeds in enumerate(_by_name(results)):
+        epochs = [epoch["epoch"] for epoch in seeds[0].epochs]
+        look = _look(seeds[0], index, len(epochs))
+        for axes, number in zip(panels, ("accuracy_percent", "loss"), strict=True):
+            _line(axes, epochs, [[epoch[f"{part}_{number}"] for epoch in run.epochs] for run in seeds], look)
+    left, right = panels
     left.set(title=f"Accuracy, {where}", xlabel="epoch", ylabel="accuracy (%)")
     left.set_ylim(top=min(100.5, left.get_ylim()[1]))
     right.set(title=f"Cross-entropy loss, {where}", xlabel="epoch", ylabel="loss (nats)")
@@ -93,17 +99,36 @@ def _gradients(results: Sequence[Result]) -> Any:
     """Mean absolute gradient of each layer's weights, input to output, before and after training."""
     figure, panels = _panels(sharey=True)
     for axes, moment in zip(panels, (0, -1), strict=True):
-        for index, result in enumerate(results):
-            # Projections lie beside the path from input to output: without them, equal depth is equal position.
-            layers = [layer for layer in result.gradients[moment]["layers"] if ".shortcut." not in layer["name"]]
-            sizes = [layer["mean_abs"] or float("nan") for layer in layers]
-            axes.plot(range(1, len(sizes) + 1), sizes, **_look(result, index, len(sizes)))
+        for index, seeds in enumerate(_by_name(results)):
+            sizes = [_sizes(run.gradients[moment]["layers"]) for run in seeds]
+            _line(axes, range(1, len(sizes[0]) + 1), sizes, _look(seeds[0], index, len(sizes[0])))
         epoch = results[0].gradients[moment]["epoch"]
         title = "At initialisation" if epoch == 0 else f"After {epoch} epoch{'s' if epoch > 1 else ''}"
         axes.set(title=title, xlabel="layer, from input to output", yscale="log")
         _whole_numbers(axes)
     panels[0].set_ylabel("mean |gradient| of the weights")
     return _finish(figure, panels[0], results)
+
+
+def _sizes(layers: Sequence[dict[str, Any]]) -> list[float]:
+    """By position between input and output: a projection lies beside that path, and would shift what comes after it."""
+    return [layer["mean_abs"] or float("nan") for layer in layers if ".shortcut." not in layer["name"]]
+
+
+def _by_name(results: Sequence[Result]) -> list[list[Result]]:
+    """The seeds of each net, all of the same number of epochs."""
+    seeds: dict[str, list[Result]] = {}
+    for result in results:
+        seeds.setdefault(result.name, []).append(result)
+    return list(seeds.values())
+
+
+def _line(axes: Any, x: Sequence[int], seeds: Sequence[Sequence[float]], look: dict[str, Any]) -> None:
+    """The mean over the seeds, and where there are several a band over all of them."""
+    columns = list(zip(*seeds, strict=True))
+    axes.plot(x, [sum(column) / len(column) for column in columns], **look)
+    if len(seeds) > 1:
+        axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=look["color"], alpha=0.2, lw=0)
 
 
 def _panels(**options: Any) -> tuple[Any, Any]:
@@ -125,7 +150,9 @@ def _finish(figure: Any, axes: Any, results: Sequence[Result]) -> Any:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), handlelength=3)
     settings = results[0].settings
-    about = f"{settings['dataset']['name']}, recipe {settings['recipe']['name']}, seed {settings['seed']}"
+    seeds = sorted({result.settings["seed"] for result in results})
+    about = f"{settings['dataset']['name']}, recipe {settings['recipe']['name']}, "
+    about += f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     figure.supxlabel(about, fontsize=7, color="#555555", x=0.99, ha="right")
     return figure
 

@@ -30,6 +30,10 @@ from .result import Result
 from .signals import Interrupted, Signals
 
 
+class Diverged(RuntimeError):
+    """The loss or the weights became infinite or NaN; the last good checkpoint is kept."""
+
+
 def fit(
     net: nn.Module,
     dataset: Dataset,
@@ -66,7 +70,8 @@ def fit(
 
     Raises:
         ValueError: settings that cannot work, or `out` holds a run of other settings.
-        RuntimeError: missing device, folder in use, non-finite loss, full disk, out of memory, silent rank.
+        Diverged: the loss or a weight became infinite or NaN; that update was not made.
+        RuntimeError: missing device, folder in use, full disk, out of memory, silent rank.
         Interrupted: SIGTERM or Ctrl-C, after the step is done and saved (a SystemExit with status 143 or 130).
     """
     ranks, out = ranks or Ranks(), Path(out)
@@ -211,7 +216,7 @@ class _Run:
         if math.isfinite(bad):
             self.diverge()
         if not self.loop.finite():
-            raise RuntimeError(
+            raise Diverged(
                 f"weights of {self.result.name} became infinite or NaN by step {self.step} {self.advice()}"
             )
         state |= {
@@ -269,7 +274,7 @@ class _Run:
         step = int(self.loop.meter.read()[3])
         lr, epoch = self.loop.recipe.lr_at(step, self.loop.total_steps), step // self.loop.steps_per_epoch + 1
         self.log.event("diverged", step=step, lr=lr)
-        raise RuntimeError(
+        raise Diverged(
             f"the loss of {self.result.name} was infinite or NaN at step {step} (epoch {epoch}), "
             f"learning rate {lr:.4g}; that update was not made {self.advice()}"
         )

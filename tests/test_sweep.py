@@ -1,0 +1,92 @@
+"""The sweep runs each cell once, writes one file a run, and loses nothing when it is cut short."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resblocks import list_models
+
+SWEEP = Path(__file__).parent.parent / "benchmarks" / "sweep.py"
+
+
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """The script with one programme, "tiny", of one epoch of two nets on the digits."""
+    module = runpy.run_path(str(SWEEP))
+    tiny = module["cells"](["resnet20", "resnet20_noskip"], "digits", dataset="digits", epochs=1)
+    monkeypatch.setitem(module["PROGRAMMES"], "tiny", tiny)
+    return module
+
+
+def run(sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, folder: Path, *programmes: str) -> int:
+    options = ["--results", str(folder / "results"), "--work", str(folder / "work"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *programmes, *options])
+    return sweep["main"]()
+
+
+def test_sweep_writes_one_file_a_run_and_runs_it_once(
+    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(sweep, monkeypatch, tmp_path, "tiny") == 0
+    files = sorted((tmp_path / "results" / "tiny").iterdir())
+    assert [file.name for file in files] == [
+        "resnet20_digits_epochs-1_seed-0.json",
+        "resnet20_noskip_digits_epochs-1_seed-0.json",
+    ]
+    found = json.loads(files[0].read_text())
+    assert (found["name"], len(found["epochs"]), found["settings"]["recipe"]["epochs"]) == ("resnet20", 1, 1)
+    assert found["environment"]["versions"]["torch"]
+
+    stamps = [file.stat().st_mtime_ns for file in files]
+    for trace in (tmp_path / "work").rglob("*"):  # as on another machine, which has the results only
+        if trace.is_file():
+            trace.unlink()
+    assert run(sweep, monkeypatch, tmp_path, "tiny") == 0
+    assert [file.stat().st_mtime_ns for file in files] == stamps
+    assert "0 runs done" in capsys.readouterr().out
+
+
+def test_sweep_refuses_a_file_of_other_settings(
+    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "results" / "tiny" / "resnet20_digits_epochs-1_seed-0.json"
+    file.parent.mkdir(parents=True)
+    recipe = sweep["PROGRAMMES"]["tiny"][0].full_recipe().as_dict() | {"lr": 7.0}
+    settings = {"dataset": {"name": "digits", "split": "test"}, "recipe": recipe, "seed": 0}
+    file.write_text(json.dumps({"settings": settings}))
+    with pytest.raises(ValueError, match=r"resnet20_digits_epochs-1_seed-0.json holds a run with recipe .*'lr': 7.0"):
+        run(sweep, monkeypatch, tmp_path, "tiny")
+
+
+def test_run_that_diverges_is_written_down_and_the_next_one_starts(
+    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wild = sweep["cells"](["resnet20"], "digits", dataset="digits", epochs=1, lr=1e30)
+    monkeypatch.setitem(sweep["PROGRAMMES"], "wild", (*wild, sweep["PROGRAMMES"]["tiny"][0]))
+    assert run(sweep, monkeypatch, tmp_path, "wild") == 1
+    files = sorted((tmp_path / "results" / "wild").iterdir(), key=lambda file: "lr-" not in file.name)
+    diverged, fine = (json.loads(file.read_text()) for file in files)
+    assert "infinite or NaN" in diverged["failed"]
+    assert fine["epochs"]
+
+
+def test_every_programme_names_nets_and_recipes_that_exist(sweep: dict[str, Any]) -> None:
+    for cells in sweep["PROGRAMMES"].values():
+        assert len({cell.name for cell in cells}) == len(cells)
+        for cell in cells:
+            cell.full_recipe()
+            assert cell.model.removesuffix("_noskip").removesuffix("_bn") in list_models()
+
+
+def test_unknown_programme_is_refused(
+    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(sweep, monkeypatch, tmp_path, "papper")
+    assert "PROGRAMME must be of paper" in capsys.readouterr().err
