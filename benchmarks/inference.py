@@ -1,0 +1,205 @@
+"""How fast a finished net answers on the CPU: ours, fused and prepacked, against the others with the same weights.
+
+    python benchmarks/inference.py                           # all nets, batch 1 and 8, about 10 minutes on a core
+    python benchmarks/inference.py --net resnet50 --batch 8  # one case; the others stay in the file
+    python benchmarks/inference.py --compile                 # also torchvision through torch.compile (inductor)
+    python benchmarks/inference.py --quick                   # a smoke test of seconds, writes only to --out
+
+One process, float32, evaluation without gradients, contestants taking turns; every contestant reads the same images,
+laid out as it likes them before the clock runs. Time is processor time of one thread; with `--threads 2` and more it
+is wall time. A speed-up is torchvision's time over the contestant's in the same round, and counts only for a
+contestant whose output is that of torchvision to 1e-5 of its largest value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from turns import spread, take_turns
+
+from resblocks import create_model, interop
+from resblocks.fuse import fuse
+from resblocks.training.environment import environment
+from resblocks.training.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "inference_cpu_2026-11.json"
+BASELINE = "torchvision"
+NETS = ("resnet18", "resnet50", "resnext50_32x4d", "densenet121")
+PYTORCHCV = {"resnet50": "resnet50b"}  # whose stride sits where torchvision's does
+TOLERANCE = 1e-5
+
+Contestant = tuple[Callable[[Tensor], Tensor], Tensor]
+
+
+# --- the contestants
+
+
+def contestants(name: str, x: Tensor, compiled: bool) -> dict[str, Contestant]:
+    """Every net with its input, all with the weights of the first; a package that is not installed is left out."""
+    theirs = with_statistics(torchvision.models.get_model(name)).eval()
+    ours = create_model(name).eval()
+    interop.load(ours, theirs)
+    last = x.contiguous(memory_format=torch.channels_last)
+    found: dict[str, Contestant] = {
+        BASELINE: (theirs, x),
+        "torchvision channels_last": (copy.deepcopy(theirs).to(memory_format=torch.channels_last), last),
+    }
+    for package, build in {"timm": from_timm, "pytorchcv": from_pytorchcv}.items():
+        if is_installed(package):
+            found[package] = (same_weights(build(name), theirs).eval(), x)
+    if compiled:
+        found["torchvision compiled"] = (torch.compile(copy.deepcopy(theirs)), x)
+        found["torchvision compiled, frozen"] = (torch.compile(copy.deepcopy(theirs), options={"freezing": True}), x)
+    size = {"input_size": x.shape[1:], "batch_size": x.shape[0]}
+    return found | {
+        "resblocks": (ours, x),
+        "resblocks fused": (fuse(ours), last),
+        "resblocks fused, prepacked": (fuse(ours, **size), last),
+    }
+
+
+def with_statistics(net: nn.Module) -> nn.Module:
+    """The net with running statistics other than those that norms start with, so that folding has something to do."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1, generator=generator)
+            layer.running_var.uniform_(0.5, 1.5, generator=generator)
+    return net
+
+
+def from_timm(name: str) -> nn.Module:
+    import timm
+
+    return timm.create_model(name)
+
+
+def from_pytorchcv(name: str) -> nn.Module:
+    from pytorchcv.model_provider import get_model
+
+    return get_model(PYTORCHCV.get(name, name))
+
+
+def is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def same_weights(net: nn.Module, source: nn.Module) -> nn.Module:
+    """The net with the tensors of another that has them in the same order under other names."""
+    mine, theirs = net.state_dict(), source.state_dict()
+    if [tensor.shape for tensor in mine.values()] != [tensor.shape for tensor in theirs.values()]:
+        raise ValueError(f"net must have the tensors of {type(source).__name__} in its order, got {type(net).__name__}")
+    net.load_state_dict(dict(zip(mine, theirs.values(), strict=True)))
+    return net
+
+
+# --- the measurement
+
+
+def measure(name: str, batch: int, size: int, rounds: int, threads: int, compiled: bool) -> dict[str, Any]:
+    """One net at one batch size: seconds, speed-up and error of each contestant."""
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    nets = contestants(name, x, compiled)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    with torch.inference_mode():
+        truth = nets[BASELINE][0](x)
+        errors = {contestant: apart(net(given), truth) for contestant, (net, given) in nets.items()}
+        seconds = take_turns({key: partial(net, given) for key, (net, given) in nets.items()}, rounds, clock)
+    rows = {
+        contestant: {
+            "seconds": [round(second, 5) for second in spent],
+            **spread([base / own for base, own in zip(seconds[BASELINE], spent, strict=True)], "speedup"),
+            "error": errors[contestant],
+            "right": errors[contestant] <= TOLERANCE,
+        }
+        for contestant, spent in seconds.items()
+    }
+    return {
+        "net": name,
+        "batch": batch,
+        "size": size,
+        "dtype": "float32",
+        "threads": threads,
+        "clock": clock.__name__,
+        "rows": rows,
+    }
+
+
+def apart(output: Tensor, truth: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((output - truth).abs().max() / truth.abs().max())
+
+
+# --- the command
+
+
+def keep(case: dict[str, Any], path: Path) -> None:
+    """Put the case into the file in place of the one of the same setting, if there is one."""
+    cases = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else []
+    others = [other for other in cases if setting(other) != setting(case)]
+    write_json(path, {"cases": sorted([*others, case], key=setting)})
+
+
+def setting(case: dict[str, Any]) -> tuple[Any, ...]:
+    return NETS.index(case["net"]), case["batch"], case["size"], case["threads"]
+
+
+def show(case: dict[str, Any]) -> None:
+    print(f"{case['net']}, batch {case['batch']}, {case['size']} pixels, threads {case['threads']}")
+    for name, row in case["rows"].items():
+        ratios = " ".join(f"{row[f'speedup_{what}']:.2f}" for what in ("min", "median", "max"))
+        wrong = "" if row["right"] else "  WRONG"
+        print(f"  {name:36s} {min(row['seconds']) * 1e3:8.1f} ms   {ratios}   error {row['error']:.0e}{wrong}")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--net", choices=NETS, action="append")
+    parser.add_argument("--batch", type=int, action="append")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="also torchvision through torch.compile")
+    parser.add_argument("--quick", action="store_true", help="one small case, two rounds")
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} in benchmarks/results, nothing with --quick")
+    options = parser.parse_args()
+    if options.quick:
+        options.net, options.batch, options.size, options.rounds = ["resnet18"], [1], 224, 2
+    elif options.out is None:
+        options.out = RESULTS
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    for name in options.net or NETS:
+        for batch in options.batch or (1, 8):
+            case = measure(name, batch, options.size, options.rounds, options.threads, options.compile)
+            case["environment"] = environment(torch.device("cpu"))
+            for package in filter(is_installed, ("timm", "pytorchcv")):
+                case["environment"]["versions"][package] = metadata.version(package)
+            show(case)
+            if options.out is not None:
+                keep(case, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Timing of contestants that take turns in one process, so that what slows the machine slows all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def take_turns(
+    steps: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(-1, rounds):
+        for name, step in steps.items():
+            start = clock()
+            step()
+            if number >= 0:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def spread(values: list[float], prefix: str) -> dict[str, float]:
+    """Smallest, median and largest."""
+    return {
+        f"{prefix}_min": min(values),
+        f"{prefix}_median": statistics.median(values),
+        f"{prefix}_max": max(values),
+    }
