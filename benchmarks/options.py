@@ -56,6 +56,7 @@ VALUES: list[tuple[str, str, dict[str, Any], str]] = [
     ("merge", "`gated`", {"merge": rb.gated}, "Srivastava et al. 2015"),
     ("dilation", "`n`; of a net: `output_stride`", {"dilation": 2}, "Yu et al. 2017"),
     ("checkpoint", "`True`", {"checkpoint": True}, "Chen et al. 2016"),
+    ("checkpoint", '`"norms"`', {"checkpoint": "norms"}, "norm and activation alone, as in Pleiss et al. 2017"),
 ]
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.module import _has_any_global_hook
 
 from resblocks.layers import avg_pool, batch_norm, convolution
 from resblocks.residual import Concat, Residual
+from resblocks.watched import is_plain, may_replace
 
 Memory: TypeAlias = Literal["shared", "lean", "plain"]
 
@@ -75,7 +74,7 @@ def plan_block(layers: Iterable[nn.Module], x: Tensor, memory: Memory) -> Plan |
     is not batch norm, ReLU, convolution without bias, merged by concatenation. The norms are all in one mode.
     """
     layers = list(layers)
-    if memory == "plain" or not _may_replace(layers, x):
+    if memory == "plain" or not may_replace(layers, x):
         return None
     found = [read for layer in layers if (read := _read_layer(layer, x.dim() - 2)) is not None]
     plan = Plan(found, memory == "shared" and torch.is_grad_enabled(), compute_dtype(x))
@@ -92,7 +91,7 @@ def plan_block(layers: Iterable[nn.Module], x: Tensor, memory: Memory) -> Plan |
 
 def may_pool(before: Sequence[nn.Module], pool: nn.Module, x: Tensor, memory: Memory) -> bool:
     """Whether `pool(relu(norm(x)))` can be run as one; `before` are norm and ReLU."""
-    if memory == "plain" or not _may_replace([*before, pool], x) or len(before) != 2:
+    if memory == "plain" or not may_replace([*before, pool], x) or len(before) != 2:
         return False
     (norm, act), dims = before, x.dim() - 2
     if not _is_norm(norm, dims) or type(act) is not nn.ReLU or type(pool) is not avg_pool[dims - 1]:
@@ -128,28 +127,6 @@ def _tuple(size: Any) -> tuple[Any, ...]:
     return size if isinstance(size, tuple) else (size,)
 
 
-def _may_replace(modules: Iterable[nn.Module], x: object) -> bool:
-    """Whether nobody could tell that the modules are not called."""
-    # is_compiling comes first: torch.compile and torch.export then trace nothing of this.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return False
-    # Function transforms and forward-mode differentiation need operators that they know.
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]
-        return False
-    return _is_plain(x) and not any(_is_watched(child) for module in modules for child in module.modules())
-
-
-def _is_plain(x: object) -> TypeGuard[Tensor]:
-    return type(x) in (Tensor, nn.Parameter)  # subclasses are distributed, fake, a tracer's ...
-
-
-def _is_watched(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
-
-
 def _read_layer(layer: nn.Module, dims: int) -> Layer | None:
     if not isinstance(layer, Residual) or (type(layer).forward, type(layer).run) != (Residual.forward, Residual.run):
         return None
@@ -169,11 +146,11 @@ def _read_layer(layer: nn.Module, dims: int) -> Layer | None:
 
 
 def _is_norm(norm: Any, dims: int) -> bool:
-    return 1 <= dims <= 3 and type(norm) is batch_norm[dims - 1] and _is_plain(norm.weight)
+    return 1 <= dims <= 3 and type(norm) is batch_norm[dims - 1] and is_plain(norm.weight)
 
 
 def _is_conv(conv: Any, dims: int) -> bool:
-    if type(conv) is not convolution[dims - 1] or conv.bias is not None or not _is_plain(conv.weight):
+    if type(conv) is not convolution[dims - 1] or conv.bias is not None or not is_plain(conv.weight):
         return False
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False

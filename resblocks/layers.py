@@ -97,6 +97,8 @@ def group_norm(channels: int, groups: int = 32) -> nn.Module:
 class LayerNorm(nn.LayerNorm):
     """Layer norm over the channels at each position (as in ConvNeXt, Liu et al. 2022). Shape: (N, C, ...) -> same."""
 
+    repeatable = True  # for `resblocks.rebuild`
+
     def forward(self, x: Tensor) -> Tensor:
         last: Tensor = super().forward(rearrange(x, "n c ... -> n ... c"))
         out: Tensor = rearrange(last, "n ... c -> n c ...")
@@ -111,6 +113,7 @@ class FrozenBatchNorm(nn.Module):
     Shape: (N, channels, ...) -> same.
     """
 
+    repeatable = True  # for `resblocks.rebuild`
     weight: Tensor
     bias: Tensor
     running_mean: Tensor

@@ -7,15 +7,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from resblocks.blocks import DenseBlock, Transition
+from resblocks.chain import run_layers
 from resblocks.config import nameless, recorded
 from resblocks.dense_plan import Memory
 from resblocks.init import init_weights, start_weights
 from resblocks.layers import Family, Fixup, GlobalAvgPool, Layer, max_pool, named
 from resblocks.options import LayerOptions, Layers, NetOptions, check_positive, check_probability
+from resblocks.rebuild import ACTIVATIONS, Rebuild
+from resblocks.residual import Checkpoint
+from resblocks.watched import is_traced
 
 Block = Callable[..., nn.Module]
 Stem = str | Callable[[int, int], nn.Module]
@@ -32,6 +37,7 @@ class Network(nn.Module):
         num_classes: outputs of the head; 0 leaves the pooled features.
         stage_channels: channels that each stage puts out.
         stage_strides: pixels of the input for one of each stage's output, along each dimension.
+        checkpoint: with "norms" stem and `final` rebuild norms and activations as blocks do; see `Residual`.
 
     Shape: (N, in_channels, H, W) -> (N, num_classes), or (N, num_features) with num_classes=0; likewise in 1D and 3D.
     """
@@ -49,8 +55,10 @@ class Network(nn.Module):
         num_classes: int,
         stage_channels: Sequence[int],
         stage_strides: Sequence[int],
+        checkpoint: Checkpoint = False,
     ) -> None:
         super().__init__()
+        self.checkpoint = checkpoint
         self.stage_channels, self.stage_strides = tuple(stage_channels), tuple(stage_strides)
         self.num_features = self.stage_channels[-1]
         self.stem = stem
@@ -106,8 +114,20 @@ class Network(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The map before the pool. Shape: (N, in_channels, H, W) -> (N, num_features, H / stride, W / stride)."""
-        features: Tensor = self.final(self.stages(self.stem(x)))
-        return features
+        return self._run(self.final, self.stages(self._run(self.stem, x)))
+
+    def _run(self, layers: nn.Module, x: Tensor) -> Tensor:
+        """`layers(x)`, the stem's or the last ones; what nobody can see is written over, or rebuilt in backward."""
+        if is_traced(x):
+            out: Tensor = layers(x)
+            return out
+        # An activation that ends the stem is kept by the blocks that read it.
+        kept = layers is self.stem and type([*layers.modules()][-1]) in ACTIVATIONS
+        if self.checkpoint != "norms" or kept or not torch.is_grad_enabled():
+            return run_layers(layers, x)
+        rebuild = Rebuild()
+        with rebuild.keeping():
+            return run_layers(layers, x, rebuild)
 
     def forward_head(self, features: Tensor) -> Tensor:
         """From that map to the logits. Shape: (N, num_features, H, W) -> (N, num_classes)."""
@@ -139,11 +159,11 @@ class Network(nn.Module):
             if not 0 <= stage < count:
                 raise ValueError(f"stages must be from 0 to {count - 1}, got {stage}")
         maps = []
-        x = self.stem(x)
+        x = self._run(self.stem, x)
         for layers in self.stages:
             x = layers(x)
             maps.append(x)
-        maps[-1] = self.final(x)
+        maps[-1] = self._run(self.final, x)
         return [maps[stage] for stage in wanted]
 
 
@@ -222,6 +242,7 @@ class ResNet(Network):
             num_classes=num_classes,
             stage_channels=stage_channels,
             stage_strides=[plan.total for plan in plans],
+            checkpoint=options.get("checkpoint", False),
         )
 
 
@@ -292,6 +313,7 @@ class DenseNet(Network):
             num_classes=num_classes,
             stage_channels=stage_channels,
             stage_strides=stage_strides,
+            checkpoint=options.get("checkpoint", False),
         )
 
 

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from resblocks.init import init_layer
 from resblocks.layers import DropPath, Family, Layer, avg_pool, batch_norm, convolution, instance_norm, max_pool
+from resblocks.residual import Checkpoint
 
 
 class LayerOptions(TypedDict, total=False):
@@ -34,7 +35,7 @@ class NetOptions(LayerOptions, total=False):
     downsample: Layer | Family | None
     scale: Layer | None
     merge: Layer | Family | None
-    checkpoint: bool
+    checkpoint: Checkpoint
 
 
 class BlockOptions(NetOptions, total=False):
@@ -49,7 +50,7 @@ class ResidualParts(TypedDict):
     scale: nn.Module | None
     drop_path: nn.Module | None
     merge: nn.Module | None
-    checkpoint: bool
+    checkpoint: Checkpoint
     skip: bool
 
 
@@ -174,7 +175,8 @@ class BlockLayers(Layers):
         scale: how the branch starts and is scaled: ZeroInit, SkipInit, ReZero, LayerScale, Fixup, or any class
             or callable of the channel count.
         merge: class or callable of the channel count that joins shortcut and branch; None is `Add`.
-        checkpoint: recompute the activations of the block in backward instead of keeping them.
+        checkpoint: what backward computes again instead of keeping it: nothing (False), the block but for its input
+            (True), or what its norms and the activations behind them put out ("norms"); see `Residual`.
         options: `Layers` documents them.
 
     Raises: as `Layers`.
@@ -190,7 +192,7 @@ class BlockLayers(Layers):
         drop_path: float = 0.0,
         scale: Layer | None = None,
         merge: Layer | Family | None = None,
-        checkpoint: bool = False,
+        checkpoint: Checkpoint = False,
         **options: object,
     ) -> None:
         refuse_unknown(

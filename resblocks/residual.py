@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from resblocks.chain import activate, ends_fresh, run_layers
 from resblocks.init import init_weights
+from resblocks.rebuild import Rebuild, has_pair
 from resblocks.recompute import recompute
+from resblocks.watched import is_traced, is_watched
 
+Checkpoint: TypeAlias = bool | Literal["norms"]
 Where = Callable[[str, "Residual"], bool]
 
 
@@ -65,7 +70,10 @@ class Residual(nn.Module):
         scale: applied to the branch before the merge (`ZeroInit`, `SkipInit`, `ReZero`, `LayerScale`, `Fixup`); one
             with a method `start_branch(branch)` also sets what the branch starts with.
         drop_path: stochastic depth, applied to the scaled branch.
-        checkpoint: keep only the input and recompute the rest in backward; see `resblocks.recompute`.
+        checkpoint: True keeps only the input and recomputes the rest in backward (`resblocks.recompute`); "norms"
+            keeps what norms read and rebuilds what they and the activations behind them put out
+            (`resblocks.rebuild`). Results are the same. Hooks on a norm or an activation see each value once: what
+            they look at is kept. Under torch.compile "norms" changes nothing: the compiler decides what to keep.
         skip: False drops the shortcut for good and builds a plain block.
 
     Shape: that of the parts; with the defaults the branch must keep the shape of its input.
@@ -90,22 +98,28 @@ class Residual(nn.Module):
         act: nn.Module | None = None,
         scale: nn.Module | None = None,
         drop_path: nn.Module | None = None,
-        checkpoint: bool = False,
+        checkpoint: Checkpoint = False,
         skip: bool = True,
     ) -> None:
         super().__init__()
+        check_checkpoint(checkpoint)
         for name, part in {"shortcut": shortcut, "scale": scale, "drop_path": drop_path}.items():
             if part is not None and not skip:
                 raise ValueError(f"{name} must be None with skip=False, which leaves nothing to merge, got {part}")
         self.preact = identity_if_none(preact)
         self.branch = branch
         self.shortcut = identity_if_none(shortcut) if skip else None
+        self._skip = skip
         self.scale = identity_if_none(scale)
         self.drop_path = identity_if_none(drop_path)
         self.merge = merge if merge is not None else Add()
         self.act = identity_if_none(act)
+        if checkpoint == "norms" and not has_pair(self.preact, branch):
+            raise ValueError(
+                f"checkpoint='norms' needs a norm and an activation behind it that it can run a second time "
+                f"(resblocks.rebuild.can_rebuild) in branch or preact, got {self}"
+            )
         self.checkpoint = checkpoint
-        self._skip = skip
         self.start_weights()
 
     def start_weights(self) -> None:
@@ -129,18 +143,35 @@ class Residual(nn.Module):
         self._skip = on
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.checkpoint and torch.is_grad_enabled():
+        if not self.checkpoint or not torch.is_grad_enabled():
+            return self.run(x)
+        if self.checkpoint != "norms":
             return recompute(self, self.run, x)
-        return self.run(x)
+        if is_traced(x):
+            return self.run(x)
+        rebuild = Rebuild()
+        with rebuild.keeping():
+            return self.run(x, rebuild)
 
-    def run(self, x: Tensor) -> Tensor:
-        """The block itself, whether or not its activations are kept."""
-        h = self.preact(x)
-        y = self.branch(h)
+    def run(self, x: Tensor, rebuild: Rebuild | None = None) -> Tensor:
+        """The block itself, whatever is kept of its activations; what nobody can see is written over."""
+        traced = is_traced(x)
+        h = self.preact(x) if traced else run_layers(self.preact, x, rebuild)
+        y = self.branch(h) if traced else run_layers(self.branch, h, rebuild)
+        owned = not traced and ends_fresh(self.branch)
         if self._skip:
             assert self.shortcut is not None  # the setter keeps it so
-            y = self.merge(self.shortcut(h), self.drop_path(self.scale(y)))
-        out: Tensor = self.act(y)
+            unseen = not traced and type(self.merge) is Add and not is_watched(self.merge)
+            y = self._join(self.shortcut(h), y, in_place=owned and unseen)
+            owned = unseen
+        return activate(self.act, y, owned=owned)
+
+    def _join(self, shortcut: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
+        between = (self.scale, self.drop_path)
+        silent = all(type(part) is nn.Identity and not is_watched(part) for part in between)
+        if in_place and silent and (shortcut.shape, shortcut.dtype) == (y.shape, y.dtype):
+            return y.add_(shortcut)
+        out: Tensor = self.merge(shortcut, self.drop_path(self.scale(y)))
         return out
 
     def __repr__(self) -> str:
@@ -169,6 +200,12 @@ def is_silent(part: nn.Module) -> bool:
 def identity_if_none(module: nn.Module | None) -> nn.Module:
     """The module, or `nn.Identity` for None; never by truth value, since an empty `nn.Sequential` is falsy."""
     return nn.Identity() if module is None else module
+
+
+def check_checkpoint(checkpoint: object) -> None:
+    """Raise unless the mode of a block exists."""
+    if checkpoint not in (False, True, "norms"):
+        raise ValueError(f"checkpoint must be False, True or 'norms', got {checkpoint!r}")
 
 
 def check_switch(block: Residual, on: bool, name: str = "") -> None:

@@ -1,0 +1,182 @@
+"""Activations that are not kept for backward, but rebuilt from what their norm read: `checkpoint="norms"`.
+
+A convolution behind a norm and an activation keeps its input for backward, and the norm keeps its own: two maps for
+one convolution. The first is a function of the second that costs no convolution, so it is computed again when backward
+comes to it, by the same operators from the same values: bit by bit what it was. Statistics are counted once.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+
+from resblocks.watched import is_watched
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+# One operator each, which draws nothing.
+ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU),
+    *(nn.SiLU, nn.Mish, nn.Hardswish, nn.Softplus, nn.Tanh, nn.Sigmoid),
+)
+KEEP_RESULT = (nn.Tanh, nn.Sigmoid)  # as ReLU does; the others keep what they read
+
+_Packed: TypeAlias = "tuple[Any, Any]"  # a pair and which of its values, or a tensor and its version
+
+
+def can_rebuild(norm: nn.Module, act: nn.Module) -> bool:
+    """Whether norm and activation are of kinds whose result can be computed a second time without a trace.
+
+    Those are torch's, and norms with an attribute `repeatable = True`: the same output each time, and nothing changed.
+    """
+    known = type(norm) in (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm)
+    return (known or getattr(norm, "repeatable", False)) and type(act) in ACTIVATIONS
+
+
+def may_rebuild(norm: nn.Module, act: nn.Module) -> bool:
+    """Whether moreover nobody looks on: a hook would be called twice."""
+    return can_rebuild(norm, act) and not is_watched(norm) and not is_watched(act)
+
+
+def has_pair(*parts: nn.Module) -> bool:
+    """Whether a part is a sequence with a norm and an activation behind it that can be rebuilt."""
+    return any(
+        can_rebuild(norm, act)
+        for part in parts
+        if type(part) is nn.Sequential
+        for norm, act in zip(list(part), list(part)[1:], strict=False)
+    )
+
+
+class Rebuild:
+    """`with rebuild.keeping(): ...`: what `rebuild.activate` puts out is kept by no operator within.
+
+    Raises:
+        RuntimeError: in backward, when a tensor that it needs was changed in place since forward.
+    """
+
+    def __init__(self) -> None:
+        # By storage, which operators share with the aliases of a tensor that they keep.
+        self._made: WeakKeyDictionary[Any, tuple[_Pair, bool, object]] = WeakKeyDictionary()
+        self._running: _Pair | None = None
+
+    def keeping(self) -> saved_tensors_hooks:
+        """The context in which operators keep pairs in place of their values."""
+        return saved_tensors_hooks(self._pack, _unpack)
+
+    def activate(self, norm: nn.Module, act: nn.Module, x: Tensor, normed: Tensor) -> Tensor:
+        """`act(normed)`, where normed is `norm(x)`."""
+        pair = _Pair(norm, act, x)
+        self._register(pair, normed, type(act) is nn.ReLU)
+        self._running = pair if type(act) in KEEP_RESULT else None
+        try:
+            out: Tensor = torch.relu_(normed) if type(act) is nn.ReLU else act(normed)
+        finally:
+            self._running = None
+        self._register(pair, out, True)
+        return out
+
+    def _register(self, pair: _Pair, value: Tensor, activated: bool) -> None:
+        self._made[value.untyped_storage()] = pair, activated, _layout(value)
+
+    def _pack(self, tensor: Tensor) -> _Packed:
+        found = self._made.get(tensor.untyped_storage())
+        if found is not None:
+            pair, activated, layout = found
+            if _layout(tensor) == layout:
+                return pair, pair.expect(activated)
+        elif self._running is not None:
+            return self._running, self._running.expect(True)  # the operator keeps its result before it puts it out
+        return tensor.detach(), tensor._version  # without its node, which would keep itself alive
+
+
+class _Pair:
+    """A norm and an activation that ran on x, to run again."""
+
+    def __init__(self, norm: nn.Module, act: nn.Module, x: Tensor) -> None:
+        self.norm, self.act, self.x = norm, act, x.detach()
+        self.by_batch = _by_batch(norm)
+        buffers = [] if self.by_batch else list(norm.buffers())
+        read = [self.x, *norm.parameters(), *act.parameters(), *buffers]
+        self.read = [(tensor, tensor._version) for tensor in read]
+        self.autocast = _autocast(x.device.type)
+        self.expected: list[bool] = []  # which value each operator will ask for: normed (False) or activated (True)
+        self.asked = 0
+        self.values: dict[bool, Tensor] = {}
+
+    def expect(self, activated: bool) -> bool:
+        self.expected.append(activated)
+        return activated
+
+    def value(self, activated: bool) -> Tensor:
+        """One of the values; both are dropped when all who keep them have asked."""
+        if activated not in self.values:
+            self.values = self.run()
+        value = self.values[activated]
+        self.asked += 1
+        if self.asked % len(self.expected) == 0:
+            self.values = {}
+        return value
+
+    def run(self) -> dict[bool, Tensor]:
+        for tensor, version in self.read:
+            _check_version(tensor, version)
+        kind, dtype, enabled = self.autocast
+        autocast: AbstractContextManager[object] = nullcontext()
+        if torch.amp.is_autocast_available(kind):
+            autocast = torch.autocast(kind, dtype=dtype, enabled=enabled)
+        with torch.no_grad(), autocast:
+            normed = _again(self.norm, self.x, self.by_batch)
+            act: Any = self.act
+            if False not in self.expected and type(act) is nn.ReLU:
+                return {True: torch.relu_(normed)}
+            return {False: normed, True: type(act).forward(act, normed)}
+
+
+def _unpack(packed: _Packed) -> Tensor:
+    kept, which = packed
+    if isinstance(kept, _Pair):
+        return kept.value(which)
+    tensor: Tensor = kept
+    _check_version(tensor, which)
+    return tensor
+
+
+def _check_version(tensor: Tensor, version: int) -> None:
+    if tensor._version != version:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} that backward needs was changed in place after forward: "
+            f"it is at version {tensor._version}, expected version {version}"
+        )
+
+
+def _layout(tensor: Tensor) -> object:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+def _autocast(kind: str) -> tuple[str, torch.dtype | None, bool]:
+    if not torch.amp.is_autocast_available(kind):
+        return kind, None, False
+    return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+
+def _by_batch(norm: Any) -> bool:
+    """Whether a norm reads the statistics of the batch, not the running ones."""
+    return bool(norm.training) or getattr(norm, "running_mean", None) is None
+
+
+def _again(norm: Any, x: Tensor, by_batch: bool) -> Tensor:
+    """What the norm put out, without moving its running statistics."""
+    mean, var = (None, None) if by_batch else (getattr(norm, "running_mean", None), getattr(norm, "running_var", None))
+    if type(norm) in BATCH_NORMS:
+        return functional.batch_norm(x, mean, var, norm.weight, norm.bias, by_batch, 0.0, norm.eps)
+    if type(norm) in INSTANCE_NORMS:
+        return functional.instance_norm(x, mean, var, norm.weight, norm.bias, by_batch, 0.0, norm.eps)
+    out: Tensor = type(norm).forward(norm, x)
+    return out

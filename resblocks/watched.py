@@ -1,0 +1,38 @@
+"""Whether anybody could tell that a module is not called, or that its output is written over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def is_traced(x: object) -> bool:
+    """Whether a compiler, a tracer, a function transform or a hook of all modules looks on, or x is no plain tensor."""
+    # is_compiling comes first: torch.compile and torch.export then trace nothing of this.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return True
+    # Function transforms and forward-mode differentiation need operators that they know.
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return bool(_has_any_global_hook()) or not is_plain(x)  # type: ignore[no-untyped-call]
+
+
+def is_plain(x: object) -> TypeGuard[Tensor]:
+    """Whether x is a tensor and nothing more; subclasses are distributed, fake, a tracer's ..."""
+    return type(x) in (Tensor, nn.Parameter)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether the module itself, children aside, has a hook or a forward of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
+def may_replace(modules: Iterable[nn.Module], x: object) -> bool:
+    """Whether nobody could tell that the modules and their children are not called on x."""
+    return not is_traced(x) and not any(is_watched(child) for module in modules for child in module.modules())
