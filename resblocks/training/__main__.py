@@ -32,6 +32,7 @@ class Config:
     precision: str = "auto"
     compile: bool = False
     channels_last: bool = True
+    small_maps: bool = False
     deterministic: bool = False
     gradients: bool = True
     checkpoint_steps: int = 0
@@ -54,6 +55,7 @@ HELP = {
     "precision": "auto: bfloat16 where the hardware has it",
     "compile": "torch.compile the nets",
     "channels_last": "memory format of weights and images",
+    "small_maps": "3x3 convolutions with small output maps as matrix products, on the CPU",
     "deterministic": "deterministic convolutions on CUDA, slower",
     "gradients": "record the gradient by layer after each epoch",
     "checkpoint_steps": "also write a checkpoint every so many steps; 0: only by time and epoch",
@@ -149,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "precision",
         "compile",
         "channels_last",
+        "small_maps",
         "deterministic",
         "gradients",
         "checkpoint_steps",

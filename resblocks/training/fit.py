@@ -28,6 +28,7 @@ from .ranks import Ranks
 from .recipe import Recipe
 from .result import Result
 from .signals import Interrupted, Signals
+from .small_maps import check_small_maps, small_map_products
 
 
 class Diverged(RuntimeError):
@@ -46,6 +47,7 @@ def fit(
     precision: str = "auto",
     compile: bool = False,
     channels_last: bool = True,
+    small_maps: bool = False,
     deterministic: bool = False,
     gradients: bool = True,
     checkpoint_steps: int = 0,
@@ -64,6 +66,8 @@ def fit(
         out: folder of this run: checkpoints, log.jsonl, weights.safetensors, result.json. One run at a time.
         seed: of order, augmentation and dropout; that of the initial weights is the caller's affair.
         device: auto, cpu, cuda, cuda:1, ... precision: auto, float32, bfloat16 (autocast).
+        small_maps: on the CPU run 3x3 convolutions with small output maps as matrix products where that was measured to
+            be faster; equal up to rounding, see `resblocks.training.small_maps`.
         deterministic: on CUDA choose deterministic convolutions, slower; the CPU's always are.
         gradients: record the gradient by layer at the start and after each epoch; it does not change the training.
         checkpoint_steps: also after so many steps (0: only by time). checkpoint_seconds: also after so much time.
@@ -85,6 +89,9 @@ def fit(
         "precision": str(dtype).removeprefix("torch."),
         "channels_last": channels_last,
     }
+    if small_maps:  # it changes the rounding; without it, older folders stay those of the same run
+        check_small_maps(picked, compile)
+        settings["small_maps"] = True
     with contextlib.ExitStack() as stack:
         lock = FolderLock(out)
         stack.callback(lock.release)
@@ -93,6 +100,8 @@ def fit(
         if done := ranks.first(lambda: read_finished(out)):
             load_weights(out / "weights.safetensors", net.to(picked))
             return done
+        if small_maps:
+            stack.enter_context(small_map_products(net))
         if picked.type == "cuda":
             stack.enter_context(
                 torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic)
@@ -216,9 +225,7 @@ class _Run:
         if math.isfinite(bad):
             self.diverge()
         if not self.loop.finite():
-            raise Diverged(
-                f"weights of {self.result.name} became infinite or NaN by step {self.step} {self.advice()}"
-            )
+            raise Diverged(f"weights of {self.result.name} became infinite or NaN by step {self.step} {self.advice()}")
         state |= {
             "step": self.step,
             "seconds": self.seconds,

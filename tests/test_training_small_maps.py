@@ -1,0 +1,154 @@
+"""Convolutions with small output maps as matrix products: the sums of torch, where they are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from training_workers import tiny_fit
+
+from resblocks import create_model
+from resblocks.training import small_maps
+from resblocks.training.small_maps import SmallMapConv2d, _Product, positions, small_map_products
+
+CASES = [(4, 1), (8, 2), (7, 2), (2, 1), (1, 1), (5, 2)]  # size of the map, stride
+
+
+def tensors(size: int, memory_format: torch.memory_format, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    x = torch.randn(2, 3, size, size, dtype=dtype).contiguous(memory_format=memory_format)
+    weight = torch.randn(5, 3, 3, 3, dtype=dtype).contiguous(memory_format=memory_format)
+    return x.requires_grad_(), weight.requires_grad_()
+
+
+def grads(y: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), inputs)]
+
+
+@pytest.mark.parametrize(("size", "stride"), CASES)
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_product_equals_the_convolution(
+    size: int, stride: int, everything: bool, memory_format: torch.memory_format
+) -> None:
+    x, weight = tensors(size, memory_format)
+    theirs = functional.conv2d(x, weight, None, stride, 1)
+    ours = _Product.apply(x, weight, stride, everything)
+    assert ours.shape[2] * ours.shape[3] == positions(x, stride)
+    for one, other in zip(grads(ours, x, weight), grads(theirs, x, weight), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        assert one.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_product_passes_gradcheck(stride: int, everything: bool) -> None:
+    x, weight = tensors(4, torch.contiguous_format)
+    assert torch.autograd.gradcheck(lambda *inputs: _Product.apply(*inputs, stride, everything), (x, weight))
+    assert torch.autograd.gradgradcheck(lambda *inputs: _Product.apply(*inputs, stride, everything), (x, weight))
+
+
+def uses_product(conv: nn.Module, x: Tensor) -> bool:
+    return "_Product" in type(conv(x).grad_fn).__name__
+
+
+@pytest.mark.parametrize(
+    ("why", "options", "size", "dtype"),
+    [
+        ("large map", {}, 5, torch.float32),
+        ("narrow", {"in_channels": 255}, 4, torch.float32),
+        ("kernel", {"kernel_size": 1, "padding": 0}, 4, torch.float32),
+        ("padding", {"padding": 0}, 4, torch.float32),
+        ("groups", {"groups": 2}, 4, torch.float32),
+        ("bias", {"bias": True}, 4, torch.float32),
+        ("dilation", {"dilation": 2, "padding": 2}, 4, torch.float32),
+        ("emulated bfloat16", {}, 4, torch.bfloat16),
+    ],
+)
+def test_everywhere_else_it_is_the_convolution(
+    why: str, options: dict[str, Any], size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_maps, "has_fast_bfloat16", lambda device: False)
+    options = {"in_channels": 256, "out_channels": 256, "kernel_size": 3, "padding": 1, "bias": False, **options}
+    conv = SmallMapConv2d(**options, dtype=dtype)
+    x = torch.randn(1, options["in_channels"], size, size, dtype=dtype)
+    assert not uses_product(conv, x), why
+    torch.testing.assert_close(conv(x), nn.Conv2d.forward(conv, x), rtol=0, atol=0)
+
+
+def test_rule_takes_the_weight_gradient_in_float32_and_all_in_fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = SmallMapConv2d(256, 256, 3, padding=1, bias=False)
+    x = torch.randn(1, 256, 4, 4)
+    assert uses_product(conv, x)
+    torch.testing.assert_close(conv(x), nn.Conv2d.forward(conv, x), rtol=0, atol=0)
+    calls = []
+    monkeypatch.setattr(small_maps, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(small_maps, "_convolve", lambda x, *args: calls.append(x.dtype) or x)
+    with torch.autocast("cpu", torch.bfloat16):
+        conv(x)
+    assert calls == [torch.bfloat16]
+
+
+def test_autocast_gives_gradients_in_the_dtype_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_maps, "has_fast_bfloat16", lambda device: True)
+    conv = SmallMapConv2d(256, 256, 3, padding=1, bias=False)
+    x = torch.randn(2, 256, 2, 2, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(x)
+        plain = nn.Conv2d.forward(conv, x)
+    assert y.dtype == plain.dtype == torch.bfloat16
+    for one, other in zip(grads(y, x, conv.weight), grads(plain, x, conv.weight), strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one.float(), other.float(), rtol=0.05, atol=0.05 * float(other.abs().max()))
+
+
+def test_net_is_as_before_afterwards_and_trains_alike() -> None:
+    net, outs = create_model("resnet18", stem="cifar", num_classes=3), []
+    with small_map_products(net) as names:
+        assert [name for name, module in net.named_modules() if type(module) is SmallMapConv2d] == names
+    assert len(names) == 7  # those of the last two stages but for the first, which reads 128 channels
+    assert not any(type(module) is SmallMapConv2d for module in net.modules())
+    x = torch.randn(2, 3, 32, 32)
+    for on in (False, True):
+        net.zero_grad()
+        if on:
+            with small_map_products(net):
+                net(x).square().sum().backward()
+        else:
+            net(x).square().sum().backward()
+        outs.append([weight.grad.clone() for weight in net.parameters()])
+    for one, other in zip(*outs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+
+
+def test_fit_uses_products_and_says_so(tmp_path: Path) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 256, 3, 2, padding=1, bias=False),
+        nn.Conv2d(256, 256, 3, padding=1, bias=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(256, 3),
+    )
+    result = tiny_fit(tmp_path, net=net, small_maps=True)
+    assert result.settings["small_maps"] is True
+    assert type(net[1]) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"compile": True}, "small_maps must be False with compile=True"),
+        ({}, "small_maps needs a 3x3 nn.Conv2d without bias and groups, of at least 256 channels"),
+    ],
+)
+def test_small_maps_without_effect_raises(tmp_path: Path, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        tiny_fit(tmp_path, small_maps=True, **options)
+
+
+def test_small_maps_on_another_device_raises() -> None:
+    with pytest.raises(ValueError, match="small_maps must be False away from the CPU, got device cuda"):
+        small_maps.check_small_maps(torch.device("cuda"), compile=False)
