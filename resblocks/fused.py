@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from resblocks import winograd
 from resblocks.dense import _format as format_of
 from resblocks.layers import _WeightStandardised as WeightStandardised
 from resblocks.layers import over_positions
@@ -27,9 +29,13 @@ class Geometry(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A weight in the layout that oneDNN chooses for one shape of the input; None where it offers none."""
+    """A weight as one shape of the input likes it best: oneDNN's layout of it, or what Winograd's algorithm reads.
+
+    The weight is None where there is neither.
+    """
 
     shape: tuple[int, ...]
+    by_winograd: bool
     weight: Tensor | None
 
 
@@ -73,9 +79,15 @@ class FusedConv(Frozen):
         packed = self.packed if runs_eagerly(x) else None  # nothing that traces knows the layout
         return conv_add_relu(x, self.weight, self.bias, other, self.relu, self.geometry, packed)
 
-    def pack(self, shape: Sequence[int]) -> None:
-        """Lay the weight out for inputs of this shape, the batch included."""
-        self.packed = Packed(tuple(shape), packed_weight(self.weight, shape, self.geometry))
+    def pack(self, shape: Sequence[int], by_winograd: bool | None = None) -> None:
+        """Lay the weight out for inputs of this shape, the batch included; None measures which way is faster."""
+        fits = fits_winograd(self.weight, shape, self.geometry)
+        if by_winograd is None and fits:
+            by_winograd = winograd_is_faster(tuple(shape), len(self.weight), torch.get_num_threads())
+        if by_winograd and fits:
+            self.packed = Packed(tuple(shape), True, winograd.transform_weight(self.weight))
+        else:
+            self.packed = Packed(tuple(shape), False, packed_weight(self.weight, shape, self.geometry))
 
     def take_in(self, scale: Tensor, shift: Tensor) -> None:
         """Read z where `scale * z + shift` was read; the convolution must not pad."""
@@ -86,7 +98,7 @@ class FusedConv(Frozen):
 
     def _repack(self) -> None:
         if self.packed is not None:
-            self.pack(self.packed.shape)
+            self.pack(self.packed.shape, self.packed.by_winograd)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FusedConv:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -99,7 +111,7 @@ class FusedConv(Frozen):
 
     def __getstate__(self) -> dict[str, Any]:
         # The layout belongs to this machine's oneDNN, and torch can neither copy nor save it.
-        return {**self.__dict__, "packed": self.packed and Packed(self.packed.shape, None)}
+        return {**self.__dict__, "packed": self.packed and self.packed._replace(weight=None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -109,7 +121,9 @@ class FusedConv(Frozen):
         out, into, *kernel = self.weight.shape
         said = f"{into * self.geometry.groups}, {out}, kernel_size={tuple(kernel)}"
         said += f", stride={tuple(self.geometry.stride)}, relu={self.relu}"
-        return said if self.packed is None else f"{said}, packed for {self.packed.shape}"
+        if self.packed is not None:
+            said += f", packed for {self.packed.shape}" + (" by Winograd" if self.packed.by_winograd else "")
+        return said
 
 
 class FusedResidual(nn.Module):
@@ -230,9 +244,10 @@ def conv_add_relu(
     if weight.dim() != 4 or x.dtype != weight.dtype or not runs_eagerly(x):
         return plain_conv_add_relu(x, weight, bias, other, relu, geometry)
     if x.device.type == "cpu" and has_onednn(x.dtype):
-        if packed is not None and packed.weight is not None and packed.shape == x.shape:
-            weight = packed.weight
-        return _onednn(x, weight, bias, other, relu, geometry)
+        if packed is None or packed.weight is None or packed.shape != x.shape:
+            return _onednn(x, weight, bias, other, relu, geometry)
+        run = _winograd if packed.by_winograd else _onednn
+        return run(x, packed.weight, bias, other, relu, geometry)
     if x.is_cuda and relu and has_cudnn(x.dtype):
         return _cudnn(x, weight, bias, other, geometry)
     return plain_conv_add_relu(x, weight, bias, other, relu, geometry)
@@ -261,6 +276,15 @@ def _onednn(
     return fitting(operator.binary(x, other, weight, bias, *moves, "add", 1.0, "relu" if relu else None, [], ""), other)
 
 
+def _winograd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool, geometry: Geometry
+) -> Tensor:
+    y = winograd.convolve(x, weight, bias)
+    if other is not None:
+        y = other + fitting(y, other)
+    return y.relu_() if relu else y  # nobody else has seen it
+
+
 def _cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, geometry: Geometry) -> Tensor:
     if other is None:
         return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
@@ -279,6 +303,37 @@ def _reordered(weight: Tensor, shape: Sequence[int], geometry: Geometry) -> Tens
         weight.detach(), padding, stride, dilation, groups, list(shape)
     )
     return packed
+
+
+SAME = Geometry([1, 1], [1, 1], [1, 1], 1)
+
+
+def fits_winograd(weight: Tensor, shape: Sequence[int], geometry: Geometry) -> bool:
+    """Whether Winograd's algorithm can be used, and has channels and tiles enough to be worth a trial."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.shape[2:] != (3, 3) or geometry != SAME:
+        return False
+    tiles = shape[0] * math.prod(-(-length // winograd.TILE) for length in shape[2:])
+    return min(weight.shape[:2]) >= 64 and tiles >= 32 and has_layouts(weight.dtype)
+
+
+@cache
+@torch.no_grad()
+def winograd_is_faster(shape: tuple[int, ...], out_channels: int, threads: int) -> bool:
+    """Whether it is, by a tenth at least, in the best of five; `threads` is what the answer depends on besides."""
+    x = torch.ones(shape).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(out_channels, shape[1], 3, 3)
+    ways = (
+        partial(_onednn, x, _reordered(weight, shape, SAME), None, None, False, SAME),
+        partial(winograd.convolve, x, winograd.transform_weight(weight), None),
+    )
+    direct, quick = zip(*[[_seconds(way) for way in ways] for _ in range(5)], strict=True)
+    return bool(min(quick) < 0.9 * min(direct))
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 @cache

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import resblocks as rb
-from resblocks import fused
+from resblocks import fused, winograd
 from resblocks.fuse import FusedConv, FusedDenseBlock, FusedResidual, fuse
 from resblocks.fused import Clamp
 from tests.blocks import count, image
@@ -261,3 +261,47 @@ def test_norm_whose_digits_would_cancel_is_not_taken_apart():
         assert relative_error(fast(x)[:, 8:], block(x)[:, 8:]) < 1e-5
     assert count(fast, Clamp) == 1
     assert count(fuse(block, dtype=torch.bfloat16), Clamp) == 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 8), (7, 7), (9, 14)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_winograds_algorithm_is_a_convolution(size, bias):
+    conv, x = nn.Conv2d(64, 48, 3, padding=1, bias=bias), torch.randn(3, 64, *size).relu()
+    with torch.no_grad():
+        y = winograd.convolve(x, winograd.transform_weight(conv.weight), conv.bias)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(y.double(), conv.double()(x.double())) < 5e-6
+
+
+@pytest.mark.skipif(not fused.has_layouts(torch.float32), reason="this torch has no layouts of oneDNN")
+@pytest.mark.parametrize("change", [lambda conv: conv, copy.deepcopy, lambda conv: pickle.loads(pickle.dumps(conv))])
+def test_convolution_by_winograd_adds_and_rectifies(change):
+    conv, norm = nn.Conv2d(64, 64, 3, padding=1).eval(), nn.BatchNorm2d(64).eval()
+    x, other = image(64, 12, batch=4), image(64, 12, batch=4)
+    fast = FusedConv(conv, norm)
+    fast.relu = True
+    fast.pack(x.shape, by_winograd=True)
+    fast = change(fast)
+    assert fast.packed.by_winograd
+    with torch.no_grad():
+        assert relative_error(fast(x, other), torch.relu(norm(conv(x)) + other)) < 1e-5
+        assert relative_error(fast(x), torch.relu(norm(conv(x)))) < 1e-5
+        with pytest.raises(ValueError, match="same shape to be added"):
+            fast(x, other[:1])
+
+
+@pytest.mark.parametrize("conv", [
+    nn.Conv2d(64, 64, 3, 2, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3, padding=1, groups=2),
+    nn.Conv2d(64, 64, 3, padding=2, dilation=2), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 32, 3, padding=1),
+    nn.Conv2d(64, 64, 3, padding=1, dtype=torch.float64), nn.Conv3d(64, 64, 3, padding=1),
+], ids=repr)  # fmt: skip
+def test_winograds_algorithm_is_left_out_where_it_does_not_fit(conv):
+    fast = FusedConv(conv)
+    fast.pack((32, 64, *[12] * (fast.weight.dim() - 2)), by_winograd=True)
+    assert not fast.packed.by_winograd
+
+
+def test_choice_of_an_algorithm_draws_no_random_numbers():
+    block, before = rb.BasicBlock(64, 64), torch.get_rng_state()
+    fuse(block, input_size=(64, 8, 8), batch_size=8)
+    assert torch.equal(torch.get_rng_state(), before)
