@@ -53,6 +53,19 @@ def test_resnet20_learns_the_digits(tmp_path: Path) -> None:
     assert result.epochs[-1]["train_loss"] < 0.6 * result.epochs[0]["train_loss"]
 
 
+def test_gradients_are_of_images_of_all_classes() -> None:
+    """Image files come class by class: the first ones would all show the same thing."""
+    images, labels = torch.zeros(400, 3, 8, 8, dtype=torch.uint8), torch.arange(2).repeat_interleave(200)
+    dataset = Dataset(
+        "two", ("dark", "bright"), images + 255 * labels[:, None, None, None].byte(), labels, images, labels
+    )
+    net, seen = tiny_net(), []
+    loop = _loop(net, dataset, Recipe(epochs=1, batch_size=100, crop=0, flip=False))
+    loop.net.register_forward_pre_hook(lambda module, args: seen.append(args[0].mean((1, 2, 3))))
+    loop.gradient_layers()
+    assert 0.25 < float((seen[0] > 0).float().mean()) < 0.75
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.1])
 def test_step_equals_plain_pytorch(clip: float) -> None:
     """One step of the loop is forward, cross-entropy, backward and torch's SGD at the recipe's rate."""

@@ -75,6 +75,35 @@ def draw_figures(results: Sequence[Result], folder: str | Path, formats: Sequenc
         return [path for name in sorted(figures) for path in _save(figures[name], Path(folder) / name, formats)]
 
 
+def draw_depths(results: Sequence[Result], folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """The degradation problem (He et al. 2015, fig. 6): accuracy against depth, with and without skips.
+
+    Results are of nets named resnetN and resnetN_noskip; several of one name are seeds, drawn as mean and range.
+    """
+    require("matplotlib").use("Agg")
+    with require("matplotlib.pyplot").rc_context(_STYLE):
+        figure, panels = _panels(sharey=True)
+        split = results[0].settings["dataset"]["split"]
+        for axes, part, where in zip(panels, ("train", "eval"), ("training set", f"{split} set"), strict=True):
+            for plain, label, look in ((False, "with skips", "resnet18"), (True, "without skips", "resnet18_noskip")):
+                found = _by_depth(results, plain, part)
+                _line(axes, list(found), list(found.values()), {**_LOOKS[look], "label": label})
+            axes.set(title=f"Accuracy, {where}", xlabel="layers")
+            axes.set_xticks(sorted({x for line in axes.lines for x in line.get_xdata()}))
+        panels[0].set_ylabel("accuracy (%)")
+        return _save(_finish(figure, panels[0], results), Path(folder) / "depths", formats)
+
+
+def _by_depth(results: Sequence[Result], plain: bool, part: str) -> dict[int, list[float]]:
+    """The last accuracies of all seeds at each depth."""
+    found: dict[int, list[float]] = {}
+    for result in results:
+        depth = result.name.removeprefix("resnet").removesuffix("_noskip")
+        if depth.isdigit() and plain == result.name.endswith("_noskip"):
+            found.setdefault(int(depth), []).append(result.epochs[-1][f"{part}_accuracy_percent"])
+    return dict(sorted(found.items()))
+
+
 def _curves(results: Sequence[Result], part: str, where: str) -> Any:
     """Accuracy on the left, loss on the right, by epoch."""
     figure, panels = _panels()
@@ -82,7 +111,9 @@ def _curves(results: Sequence[Result], part: str, where: str) -> Any:
         epochs = [epoch["epoch"] for epoch in seeds[0].epochs]
         look = _look(seeds[0], index, len(epochs))
         for axes, number in zip(panels, ("accuracy_percent", "loss"), strict=True):
-            _line(axes, epochs, [[epoch[f"{part}_{number}"] for epoch in run.epochs] for run in seeds], look)
+            _line(
+                axes, epochs, [[run.epochs[epoch - 1][f"{part}_{number}"] for run in seeds] for epoch in epochs], look
+            )
     left, right = panels
     left.set(title=f"Accuracy, {where}", xlabel="epoch", ylabel="accuracy (%)")
     left.set_ylim(top=min(100.5, left.get_ylim()[1]))
@@ -101,7 +132,8 @@ def _gradients(results: Sequence[Result]) -> Any:
     for axes, moment in zip(panels, (0, -1), strict=True):
         for index, seeds in enumerate(_by_name(results)):
             sizes = [_sizes(run.gradients[moment]["layers"]) for run in seeds]
-            _line(axes, range(1, len(sizes[0]) + 1), sizes, _look(seeds[0], index, len(sizes[0])))
+            layers = range(1, len(sizes[0]) + 1)
+            _line(axes, layers, list(zip(*sizes, strict=True)), _look(seeds[0], index, len(layers)))
         epoch = results[0].gradients[moment]["epoch"]
         title = "At initialisation" if epoch == 0 else f"After {epoch} epoch{'s' if epoch > 1 else ''}"
         axes.set(title=title, xlabel="layer, from input to output", yscale="log")
@@ -124,11 +156,10 @@ def _by_name(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def _line(axes: Any, x: Sequence[int], seeds: Sequence[Sequence[float]], look: dict[str, Any]) -> None:
-    """The mean over the seeds, and where there are several a band over all of them."""
-    columns = list(zip(*seeds, strict=True))
-    axes.plot(x, [sum(column) / len(column) for column in columns], **look)
-    if len(seeds) > 1:
-        axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=look["color"], alpha=0.2, lw=0)
+    """At each x the mean over the seeds, and where there are several a band over all of them."""
+    axes.plot(x, [sum(values) / len(values) for values in seeds], **look)
+    if any(len(values) > 1 for values in seeds):
+        axes.fill_between(x, list(map(min, seeds)), list(map(max, seeds)), color=look["color"], alpha=0.2, lw=0)
 
 
 def _panels(**options: Any) -> tuple[Any, Any]:

@@ -143,12 +143,9 @@ class Loop:
         net = copy.deepcopy(self.net).train()  # running statistics and gradients of the real one stay as they are
         net.zero_grad(set_to_none=True)
         self.reseed(derive_seed("gradients", self.seed))
-        images = normalise(self.images[:GRADIENT_IMAGES], self.mean, self.std).contiguous(
-            memory_format=self.memory_format
-        )
-        F.cross_entropy(
-            net(images), self.labels[:GRADIENT_IMAGES], label_smoothing=self.recipe.label_smoothing
-        ).backward()
+        rows = self.order(0)[:GRADIENT_IMAGES]  # shuffled: files come class by class
+        images = normalise(self.images[rows], self.mean, self.std).contiguous(memory_format=self.memory_format)
+        F.cross_entropy(net(images), self.labels[rows], label_smoothing=self.recipe.label_smoothing).backward()
         return [{"name": row.name, "mean_abs": row.mean_abs, "norm": row.norm} for row in gradient_flow(net)]
 
     def reseed(self, seed: int) -> None:
