@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 def take_turns(
     steps: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after one round that does not count."""
+    """Seconds of each step in each round, after one round that does not count; each round begins with another."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
     for number in range(-1, rounds):
-        for name, step in steps.items():
+        order.append(order.pop(0))
+        for name in order:
             start = clock()
-            step()
+            steps[name]()
             if number >= 0:
                 seconds[name].append(clock() - start)
     return seconds
