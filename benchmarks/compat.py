@@ -313,7 +313,7 @@ def distributed(way: str, build: Build) -> None:
             subprocess.Popen([*command, "--rank", str(rank), "--init", address], stderr=subprocess.PIPE, text=True)
             for rank in range(2)
         ]
-        said = [rank.communicate(timeout=300)[1] for rank in ranks]
+        said = [rank.communicate(timeout=1800)[1] for rank in ranks]
     for rank, text in zip(ranks, said, strict=True):
         if rank.returncode and "Connection closed by peer" not in text:
             raise AssertionError(text.strip().splitlines()[-1])

@@ -1,6 +1,7 @@
 """Do gradients vanish without skips? Their size by layer at initialisation: depth x skips x norm, over seeds.
 
     python benchmarks/gradients.py --data-dir data/cifar10-jpeg    # a few minutes on one CPU core
+    python benchmarks/gradients.py --draw                          # the figure alone, from the result file
 
 The nets are the CIFAR ResNets of He et al. 2015; one batch of training images, no augmentation, float32. Layers of
 another width have gradients of another size for that reason alone, so what is compared is the first 3x3 convolution
@@ -10,6 +11,7 @@ of a stage with the last one of the same stage: 1 is a gradient that arrives as 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ from resblocks.training import Dataset, load_dataset, normalise
 from resblocks.training.environment import environment
 from resblocks.training.files import write_json
 
-RESULTS = Path(__file__).resolve().parent / "results" / "gradients_cpu_2026-11.json"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gradients_cpu_2026-11.json"
+FIGURE = ROOT / "docs" / "figures" / "gradients_depth.png"
 DEPTHS = (20, 32, 44, 56, 110)
 NORMS = {"batch norm": nn.BatchNorm2d, "no norm": None}
 IMAGES = 128
@@ -61,14 +65,42 @@ def study(dataset: Dataset, depths: tuple[int, ...] = DEPTHS, seeds: int = 3) ->
     return rows
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """What arrives at the first convolution of the first stage, against depth; the layers of the deepest nets."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for norm, colour in (("batch norm", "#0072B2"), ("no norm", "#D55E00")):
+        for skip, style in ((True, "-"), (False, "--")):
+            mine = [row for row in rows if (row["norm"], row["skip"]) == (norm, skip)]
+            label = f"{norm}, {'with' if skip else 'without'} skips"
+            depths, fractions = [row["depth"] for row in mine], [row["passed"][0] for row in mine]
+            left.plot(depths, fractions, style, marker="o", markersize=4, color=colour, label=label)
+            sizes = [layer["mean_abs"] for layer in mine[-1]["seeds"][0]]
+            right.plot(range(1, len(sizes) + 1), [size / sizes[-2] for size in sizes], style, color=colour, lw=1.2)
+    left.axhline(1, color="#999999", lw=0.8)
+    left.set(title="First convolution of stage 1 over its last one", xlabel="layers", yscale="log", xticks=depths)
+    left.set_ylabel("ratio of mean |gradient|")
+    left.legend(frameon=False, fontsize=8)
+    right.set(title=f"{depths[-1]} layers, relative to the last convolution", xlabel="layer, from input to output")
+    right.set_yscale("log")
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--draw", action="store_true", help="draw the figure from the file, run nothing")
     options = parser.parse_args()
-    dataset = load_dataset("cifar10", options.data_dir)
-    rows = study(dataset)
-    write_json(options.out, {"environment": environment(torch.device("cpu")), "dataset": dataset.name, "rows": rows})
+    if not options.draw:
+        dataset = load_dataset("cifar10", options.data_dir)
+        rows, made = study(dataset), environment(torch.device("cpu"))
+        write_json(options.out, {"environment": made, "dataset": dataset.name, "rows": rows})
+    draw(json.loads(options.out.read_text(encoding="utf-8"))["rows"], FIGURE)
 
 
 if __name__ == "__main__":

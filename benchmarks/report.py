@@ -3,7 +3,8 @@
     python benchmarks/report.py            # rewrite every marked region
     python benchmarks/report.py --check    # change nothing, fail where a region is out of date
 
-A region stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; `TABLES` says what makes which.
+A region stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; `TABLES` says what makes which. The figures of
+the training runs are drawn as well.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,10 @@ from typing import Any
 
 import compat
 import options
+import runs
 
 from resblocks import DenseNet, ResNet
 from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION
-from resblocks.training.experiment import PAPER, TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -58,62 +58,6 @@ def complexity_table() -> str:
             ]
         )
     return table(["net", "parameters", "in the paper", "MACs", "input", "source"], rows, "lrrrll")
-
-
-def result_tables() -> str:
-    """For each file of training runs: accuracy, loss, parameters and seconds of each net, beside the paper's."""
-    parts = []
-    for path in sorted(RESULTS.glob("*.json")):
-        runs = json.loads(path.read_text(encoding="utf-8")).get("results", [])
-        if not runs:
-            continue
-        is_papers = re.match(r"CIFAR-10\b", runs[0]["settings"]["dataset"]["name"])
-        header = ["net", "parameters", "accuracy, %", *(["the paper's, %"] if is_papers else []), "loss", "training, s"]
-        rows = []
-        for name in dict.fromkeys(run["name"] for run in runs):
-            same = [run for run in runs if run["name"] == name]
-            papers = [f"{PAPER[name]:.1f}" if name in PAPER else ""] if is_papers else []
-            rows.append(
-                [
-                    TITLES.get(name, f"`{name}`"),
-                    f"{same[0]['params']:,}",
-                    mean_and_std([run["epochs"][-1]["eval_accuracy_percent"] for run in same], 2),
-                    *papers,
-                    mean_and_std([run["epochs"][-1]["eval_loss"] for run in same], 3),
-                    mean_and_std([sum(epoch["seconds"] for epoch in run["epochs"]) for run in same], 0),
-                ]
-            )
-        parts.append(f"{caption(runs, path)}\n\n" + table(header, rows, "l" + "r" * (len(header) - 1)))
-    return "\n".join(parts)
-
-
-def caption(runs: list[dict[str, Any]], path: Path) -> str:
-    """What all runs of a file have in common, and where the raw values are."""
-    settings, environment = runs[0]["settings"], runs[0]["environment"]
-    for run in runs:
-        for name in ("dataset", "recipe", "precision"):
-            if run["settings"][name] != settings[name]:
-                raise ValueError(
-                    f"{path.name}: runs of one file must have the same {name}, got {run['settings'][name]}"
-                )
-        if run["environment"]["device"] != environment["device"]:
-            raise ValueError(
-                f"{path.name}: runs of one file must have the same device, got {run['environment']['device']}"
-            )
-    seeds = sorted({run["settings"]["seed"] for run in runs})
-    said = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    return (
-        f"{settings['dataset']['name']}, {settings['dataset']['split']} set, {settings['recipe']['epochs']} epochs, "
-        f"batch {settings['recipe']['batch_size']}, {settings['precision']}, {said}, last epoch; "
-        f"{environment['device']}, torch {environment['versions']['torch']}, commit {str(environment['commit'])[:9]}; "
-        f"every epoch of every run: `{path.relative_to(ROOT).as_posix()}`."
-    )
-
-
-def mean_and_std(values: list[float], digits: int) -> str:
-    """The value of a single run, or mean, sample standard deviation and number of several."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f} (n={len(values)})"
 
 
 def dense_memory_table() -> str:
@@ -191,6 +135,21 @@ def compat_table() -> str:
     return table(["net", *checks], rows, "l" * (1 + len(checks))) + said
 
 
+def gradients_table() -> str:
+    """What of the gradient arrives at the first convolution of each stage, at initialisation."""
+    measured = json.loads((RESULTS / "gradients_cpu_2026-11.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            str(row["depth"]),
+            row["norm"],
+            "with" if row["skip"] else "without",
+            *(f"{fraction:.2g}" if fraction < 100 else f"{fraction:.0f}" for fraction in row["passed"]),
+        ]
+        for row in measured["rows"]
+    ]
+    return table(["layers", "norm", "skips", "stage 1", "stage 2", "stage 3"], rows, "rllrrr")
+
+
 def call(build: Any) -> str:
     """A partial as the call that it makes."""
     if isinstance(build, partial):
@@ -218,7 +177,8 @@ TABLES = {
     "options": options_table,
     "dense-memory": dense_memory_table,
     "dense-time": dense_time_table,
-    "results": result_tables,
+    "gradients": gradients_table,
+    **runs.REGIONS,
 }
 
 
@@ -238,7 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail where a region is out of date")
     check = parser.parse_args().check
-    stale = []
+    stale = runs.update_figures(check)
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         new = rewrite(text)

@@ -1,8 +1,7 @@
-"""The tables of README and docs are those of the result files."""
+"""The tables and figures of README and docs are those of the result files."""
 
 from __future__ import annotations
 
-import copy
 import json
 import runpy
 import subprocess
@@ -13,21 +12,26 @@ from typing import Any
 import pytest
 
 REPORT = Path(__file__).parent.parent / "benchmarks" / "report.py"
-RUN = {
-    "name": "resnet18",
-    "params": 11173962,
-    "settings": {
-        "dataset": {"name": "CIFAR-10", "split": "test"},
-        "recipe": {"epochs": 2, "batch_size": 500},
-        "precision": "bfloat16",
-        "seed": 0,
-    },
-    "environment": {"device": "cpu", "versions": {"torch": "2.15.0"}, "commit": "0123456789abcdef"},
-    "epochs": [
-        {"eval_accuracy_percent": 10.0, "eval_loss": 2.0, "seconds": 3.0},
-        {"eval_accuracy_percent": 90.0, "eval_loss": 0.25, "seconds": 4.0},
-    ],
-}
+
+
+def finished(model: str, seed: int, accuracy: float, **recipe: object) -> dict[str, Any]:
+    """A run as the sweep writes it."""
+    epoch = {"train_loss": 1.0, "train_accuracy_percent": 50.0, "eval_loss": 2.0, "seconds": 3.0}
+    last = {"eval_accuracy_percent": accuracy, "eval_loss": 0.25, "seconds": 4.0}
+    layers = [{"name": f"layer{number}.weight", "mean_abs": 0.1, "norm": 1.0} for number in range(3)]
+    return {
+        "name": model,
+        "params": 11173962,
+        "settings": {
+            "dataset": {"name": "CIFAR-10", "split": "test"},
+            "recipe": {"name": "paper", "epochs": 2, "batch_size": 500, "tta": "none", **recipe},
+            "precision": "bfloat16",
+            "seed": seed,
+        },
+        "environment": {"device": "cpu", "versions": {"torch": "2.15.0"}, "commit": "0123456789abcdef"},
+        "epochs": [{**epoch, "epoch": 1, "eval_accuracy_percent": 10.0}, {**epoch, **last, "epoch": 2}],
+        "gradients": [{"epoch": number, "layers": layers} for number in range(3)],
+    }
 
 
 @pytest.fixture
@@ -37,18 +41,21 @@ def report(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.fixture
-def runs() -> list[dict[str, Any]]:
-    """Two seeds of one net."""
-    second = copy.deepcopy(RUN)
-    second["settings"]["seed"] = 1
-    second["epochs"][-1]["eval_accuracy_percent"] = 91.0
-    return [copy.deepcopy(RUN), second]
+def runs(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The module of the tables of runs, with folders of its own and one programme, "tiny", of which nothing is run."""
+    module = report["runs"]
+    tiny = module.sweep.cells(["resnet18", "resnet18_noskip"], "paper", seeds=2)
+    monkeypatch.setattr(module.sweep, "PROGRAMMES", {"tiny": tiny})
+    for name in ("ROOT", "RUNS", "FIGURES"):
+        monkeypatch.setattr(module, name, tmp_path)
+    (tmp_path / "tiny").mkdir()
+    return module
 
 
-def results_region(report: dict[str, Any], folder: Path, runs: list[dict[str, Any]]) -> str:
-    (folder / "example.json").write_text(json.dumps({"results": runs}))
-    report["result_tables"].__globals__.update(RESULTS=folder, ROOT=folder)
-    return report["rewrite"]("a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb\n")
+def write(runs: Any, *results: dict[str, Any]) -> None:
+    """As the files of the programme's cells, seed by seed."""
+    for cell, result in zip(runs.sweep.PROGRAMMES["tiny"], results, strict=False):
+        (runs.RUNS / "tiny" / f"{cell.name}.json").write_text(json.dumps(result))
 
 
 def test_every_table_is_up_to_date() -> None:
@@ -56,30 +63,62 @@ def test_every_table_is_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_table_shows_the_last_epoch_of_all_seeds(
-    report: dict[str, Any], tmp_path: Path, runs: list[dict[str, Any]]
-) -> None:
-    text = results_region(report, tmp_path, runs)
-    assert text.startswith("a\n<!-- results:begin -->\nCIFAR-10, test set, 2 epochs, batch 500, bfloat16, seeds 0, 1")
-    assert "| ResNet-18 | 11,173,962 | 90.50 ± 0.71 (n=2) | 89.9 | 0.250 ± 0.000 (n=2) | 7 ± 0 (n=2) |" in text
-    assert "old" not in text
-    assert text.endswith("<!-- results:end -->\nb\n")
+def test_table_shows_the_last_epoch_of_all_seeds(runs: Any) -> None:
+    write(runs, *(finished(model, seed, 90.0 + seed) for seed in (0, 1) for model in ("resnet18", "resnet18_noskip")))
+    text = runs.tables("tiny")
+    assert text.startswith("CIFAR-10, test set, recipe `paper` with 2 epochs of batch 500, bfloat16, seeds 0, 1, last")
+    assert (
+        "| ResNet-18 | 11,173,962 | 90.50 ± 0.71 (n=2) | 84.15 to 96.85 | 89.90 (arXiv:2510.24036, abstract) "
+        "| 0.250 ± 0.000 (n=2) | 7 ± 0 (n=2) |"
+    ) in text
+    assert "have not been made" not in text
 
 
-def test_paper_is_not_shown_beside_another_data_set(
-    report: dict[str, Any], tmp_path: Path, runs: list[dict[str, Any]]
-) -> None:
-    for run in runs:
-        run["settings"]["dataset"]["name"] = "CIFAR-100"
-    assert "89.9" not in results_region(report, tmp_path, runs)
+def test_interval_is_students() -> None:
+    from scipy import stats
+
+    values = [93.43, 93.36, 93.53]
+    low, high = stats.t.interval(0.95, 2, loc=sum(values) / 3, scale=stats.sem(values))
+    sys.path.insert(0, str(REPORT.parent))
+    import runs
+
+    assert runs.interval(values) == f"{low:.2f} to {high:.2f}"
+    assert runs.interval(values[:1]) == ""
 
 
-def test_runs_of_different_recipes_in_one_file_raise(
-    report: dict[str, Any], tmp_path: Path, runs: list[dict[str, Any]]
-) -> None:
-    runs[1]["settings"]["recipe"]["epochs"] = 3
-    with pytest.raises(ValueError, match="same recipe"):
-        results_region(report, tmp_path, runs)
+def test_table_says_what_is_missing_and_what_diverged(runs: Any) -> None:
+    assert runs.tables("tiny") == "Not run yet.\n"
+    failed = {"name": "resnet18_noskip", "settings": {"seed": 0}, "failed": "the loss was infinite or NaN at step 3"}
+    write(runs, finished("resnet18", 0, 90.0), failed)
+    text = runs.tables("tiny")
+    assert "- ResNet-18 without skips, seed 0: the loss was infinite or NaN at step 3" in text
+    assert "2 of the programme's 4 runs have not been made." in text
+    assert "±" not in text
+
+
+def test_paper_is_not_shown_beside_another_data_set(runs: Any) -> None:
+    run = finished("resnet18", 0, 90.0)
+    run["settings"]["dataset"]["name"] = "CIFAR-100"
+    write(runs, run)
+    assert "89.9" not in runs.tables("tiny")
+
+
+def test_runs_of_different_recipes_are_in_different_tables(runs: Any) -> None:
+    write(runs, finished("resnet18", 0, 90.0), finished("resnet18", 0, 91.0, epochs=3))
+    assert runs.tables("tiny").count("| net |") == 2
+    assert runs.drawn("tiny") == []
+
+
+def test_figures_are_drawn_again_when_a_run_changes(runs: Any) -> None:
+    write(runs, finished("resnet18", 0, 90.0), finished("resnet18_noskip", 0, 80.0))
+    assert runs.update_figures(check=True) == ["figures of tiny"]
+    runs.update_figures(check=False)
+    assert sorted(path.name for path in runs.FIGURES.glob("*.png")) == sorted(
+        f"tiny_{name}.png" for name in runs.drawn("tiny")
+    )
+    assert runs.update_figures(check=True) == []
+    write(runs, finished("resnet18", 0, 90.1))
+    assert runs.update_figures(check=True) == ["figures of tiny"]
 
 
 def test_unknown_region_raises(report: dict[str, Any]) -> None:

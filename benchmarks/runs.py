@@ -1,0 +1,201 @@
+"""Tables and figures of the runs that benchmarks/sweep.py wrote; benchmarks/report.py puts them into the pages."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import sweep
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from scipy import stats
+
+from resblocks.training import Result, draw_figures
+from resblocks.training.experiment import TITLES
+from resblocks.training.figures import draw_depths
+from resblocks.training.files import write_atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = sweep.RUNS
+PUBLISHED = ROOT / "tests" / "expected" / "cifar10.json"
+FIGURES = ROOT / "docs" / "figures"
+# What is shown of each programme, with what the picture says to those who do not see it.
+SHOWN = {
+    "figure4_training_all": "Training accuracy and loss by epoch",
+    "figure5_validation_all": "Test accuracy and loss by epoch",
+    "figure3_gradients": "Gradient magnitude by layer before and after training",
+    "depths": "Accuracy against depth, with and without skips",
+}
+
+
+def read(programme: str) -> list[dict[str, Any]]:
+    """The runs of a programme in its order, as far as they are there."""
+    files = [RUNS / programme / f"{cell.name}.json" for cell in sweep.PROGRAMMES[programme]]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+
+
+def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Runs that a table may compare: the same data, recipe, precision and device."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        settings = [run["settings"][name] for name in ("dataset", "recipe", "precision")]
+        found.setdefault(json.dumps([*settings, run["environment"]["device"]]), []).append(run)
+    return list(found.values())
+
+
+def section(programme: str) -> str:
+    """Tables and figures of a programme."""
+    pictures = [f"![{SHOWN[name]}](figures/{programme}_{name}.png)" for name in drawn(programme)]
+    return "\n".join([tables(programme), *(f"{picture}\n" for picture in pictures)])
+
+
+def tables(programme: str) -> str:
+    """A table of each group of runs, and the list of those that diverged."""
+    runs = read(programme)
+    if not runs:
+        return "Not run yet.\n"
+    parts = [f"{caption(group)}\n\n{table(group)}" for group in groups([run for run in runs if "failed" not in run])]
+    left = len(sweep.PROGRAMMES[programme]) - len(runs)
+    if failed := [run for run in runs if "failed" in run]:
+        parts.append("".join(f"- {title(run)}, seed {run['settings']['seed']}: {run['failed']}\n" for run in failed))
+    if left:
+        parts.append(f"{left} of the programme's {len(sweep.PROGRAMMES[programme])} runs have not been made.\n")
+    where = (RUNS / programme).relative_to(ROOT).as_posix()
+    return "\n".join([*parts, f"Every epoch of every run, gradients by layer too: `{where}/`.\n"])
+
+
+def caption(group: list[dict[str, Any]]) -> str:
+    """What all runs of a table have in common."""
+    settings, environment = group[0]["settings"], group[0]["environment"]
+    recipe, seeds = settings["recipe"], sorted({run["settings"]["seed"] for run in group})
+    commits = sorted({str(run["environment"]["commit"])[:9] for run in group})
+    tta = "" if recipe["tta"] == "none" else f", test-time augmentation {recipe['tta']}"
+    return (
+        f"{settings['dataset']['name']}, {settings['dataset']['split']} set, recipe `{recipe['name']}` with "
+        f"{recipe['epochs']} epochs of batch {recipe['batch_size']}{tta}, {settings['precision']}, "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, last epoch; {environment['device']}, "
+        f"torch {environment['versions']['torch']}, commit {', '.join(commits)}."
+    )
+
+
+def table(group: list[dict[str, Any]]) -> str:
+    """A row for each net: mean and sample standard deviation over its seeds, 95 % interval of the mean."""
+    is_cifar10 = re.match(r"CIFAR-10\b", group[0]["settings"]["dataset"]["name"])
+    header = ["net", "parameters", "accuracy, %", "95 % interval", "published, %", "loss", "training, s"]
+    rows = []
+    for name in dict.fromkeys(run["name"] for run in group):
+        same = [run for run in group if run["name"] == name]
+        accuracies = [run["epochs"][-1]["eval_accuracy_percent"] for run in same]
+        row = {
+            "net": title(same[0]),
+            "parameters": f"{same[0]['params']:,}",
+            "accuracy, %": mean_and_std(accuracies, 2),
+            "95 % interval": interval(accuracies),
+            "published, %": published(name, group[0]["settings"]["recipe"]["name"]),
+            "loss": mean_and_std([run["epochs"][-1]["eval_loss"] for run in same], 3),
+            "training, s": mean_and_std([sum(epoch["seconds"] for epoch in run["epochs"]) for run in same], 0),
+        }
+        rows.append(row)
+    # A column that says nothing is left out.
+    kept = [name for name in header if any(row[name] for row in rows) and (is_cifar10 or name != "published, %")]
+    lines = [kept, ["---", *["---:"] * (len(kept) - 1)], *([row[name] for name in kept] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def title(run: dict[str, Any]) -> str:
+    return TITLES.get(run["name"], f"`{run['name']}`")
+
+
+def mean_and_std(values: Sequence[float], digits: int) -> str:
+    """The value of a single run, or mean, sample standard deviation and number of several."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f} (n={len(values)})"
+
+
+def interval(values: Sequence[float]) -> str:
+    """Student's 95 % interval of the mean; nothing for a single run."""
+    if len(values) < 2:
+        return ""
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.fmean(values)
+    return f"{mean - half:.2f} to {min(mean + half, 100.0):.2f}"
+
+
+def published(name: str, recipe: str) -> str:
+    """What the source of the net and the recipe reports for the whole recipe."""
+    nets = json.loads(PUBLISHED.read_text(encoding="utf-8"))["nets"]
+    found = [net for net in nets if (net["name"], net["recipe"]) == (name, recipe)]
+    return f"{found[0]['accuracy_percent']:.2f} ({found[0]['source']})" if found else ""
+
+
+def drawn(programme: str) -> list[str]:
+    """The figures of a programme whose finished runs can share axes: those of one group."""
+    finished = [run for run in read(programme) if "failed" not in run]
+    if len(groups(finished)) != 1 or len({run["name"] for run in finished}) < 2:
+        return []
+    return [name for name in SHOWN if name != "depths" or programme.startswith("degradation")]
+
+
+def draw(programme: str) -> dict[Path, bytes]:
+    """The figures of a programme as PNG, each with the digest of the runs that it shows."""
+    results = [Result(**run) for run in read(programme) if "failed" not in run]
+    with tempfile.TemporaryDirectory() as folder:
+        draw_figures(ends(results) if "depths" in drawn(programme) else results, folder)
+        if "depths" in drawn(programme):
+            draw_depths(results, folder)
+        return {path_of(programme, name): stamped(Path(folder) / f"{name}.png", programme) for name in drawn(programme)}
+
+
+def ends(results: list[Result]) -> list[Result]:
+    """Those of the shallowest and of the deepest nets: the curves of all depths in one picture cannot be told apart."""
+    depths = [int(re.sub(r"\D", "", result.name)) for result in results]
+    return [result for result, depth in zip(results, depths, strict=True) if depth in (min(depths), max(depths))]
+
+
+def path_of(programme: str, figure: str) -> Path:
+    return FIGURES / f"{programme}_{figure}.png"
+
+
+def digest(programme: str) -> str:
+    """Of the numbers of all runs of a programme."""
+    return hashlib.sha256(json.dumps(read(programme)).encode()).hexdigest()
+
+
+def stamped(file: Path, programme: str) -> bytes:
+    """The picture with the digest of its runs in it: pixels differ from one matplotlib to the next, numbers do not."""
+    about, buffer = PngInfo(), io.BytesIO()
+    about.add_text("Runs", digest(programme))
+    with Image.open(file) as image:
+        image.convert("P", palette=Image.Palette.ADAPTIVE).save(buffer, format="png", pnginfo=about, optimize=True)
+    return buffer.getvalue()
+
+
+def is_current(programme: str, figure: str) -> bool:
+    """Whether the picture is there and shows the runs as they are now."""
+    path = path_of(programme, figure)
+    if not path.exists():
+        return False
+    with Image.open(path) as image:
+        return image.info.get("Runs") == digest(programme)
+
+
+def update_figures(check: bool) -> list[str]:
+    """Draw what is out of date, or with `check` only name it."""
+    stale = [name for name in sweep.PROGRAMMES if not all(is_current(name, figure) for figure in drawn(name))]
+    for programme in [] if check else stale:
+        for path, data in draw(programme).items():
+            write_atomic(path, data)
+    return [f"figures of {programme}" for programme in stale]
+
+
+REGIONS: dict[str, Callable[[], str]] = {}
+for _programme in sweep.PROGRAMMES:
+    REGIONS[f"runs-{_programme}"] = lambda programme=_programme: section(programme)
+    REGIONS[f"runs-{_programme}-table"] = lambda programme=_programme: tables(programme)
