@@ -94,6 +94,24 @@ def dense_time_table() -> str:
     return table(["net", "setting", "training step of", "min", "median", "max", "rounds"], rows, "lllrrrr")
 
 
+def inference_table() -> str:
+    """How much faster than torchvision each contestant answers, and what it was measured with."""
+    path = RESULTS / "inference_cpu_2026-11.json"
+    rows, made = [], []
+    for case in json.loads(path.read_text(encoding="utf-8"))["cases"]:
+        for name, found in case["rows"].items():
+            ratios = [f"{found[f'speedup_{what}']:.2f}" for what in ("min", "median", "max")]
+            error = f"{found['error']:.0e}" if found["error"] else "0"
+            said = [f"`{case['net']}`", str(case["batch"]), name, *ratios, str(len(found["seconds"]))]
+            rows.append([*said, error if found["right"] else f"{error}, wrong"])
+        environment = case["environment"]
+        versions = ", ".join(f"{key} {environment['versions'][key]}" for key in ("torch", "torchvision"))
+        made.append(f"{environment['device']}, {versions}, commit {environment['commit'][:9]}")
+    header = ["net", "batch", "contestant", "min", "median", "max", "rounds", "error"]
+    said = f"\n{'; '.join(dict.fromkeys(made))}; every round: `{path.relative_to(ROOT).as_posix()}`.\n"
+    return table(header, rows, "lrlrrrrr") + said
+
+
 def options_table() -> str:
     """Each value of each option with its source and the blocks and dims that take it, found by building them."""
     return table(["option", "value", "source", "blocks", "dims"], options.rows(), "lllll")
@@ -178,6 +196,7 @@ TABLES = {
     "dense-memory": dense_memory_table,
     "dense-time": dense_time_table,
     "gradients": gradients_table,
+    "inference": inference_table,
     **runs.REGIONS,
 }
 

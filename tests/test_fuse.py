@@ -1,8 +1,11 @@
 """Folding and fused operators: the same function, without norms, in evaluation only."""
 
 import copy
+import json
 import pickle
+import runpy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -305,3 +308,25 @@ def test_choice_of_an_algorithm_draws_no_random_numbers():
     block, before = rb.BasicBlock(64, 64), torch.get_rng_state()
     fuse(block, input_size=(64, 8, 8), batch_size=8)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    folder = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    return runpy.run_path(str(folder / "inference.py"))
+
+
+def test_benchmark_compares_nets_of_one_output(benchmark):
+    pytest.importorskip("timm")
+    case = benchmark["measure"]("resnet18", 1, 224, 1, torch.get_num_threads(), False)
+    assert {"torchvision", "timm", "resblocks fused, prepacked"} <= set(case["rows"])
+    assert all(row["right"] and len(row["seconds"]) == 1 for row in case["rows"].values())
+
+
+def test_benchmark_keeps_one_case_of_a_setting(benchmark, tmp_path):
+    case = {"net": "resnet50", "batch": 1, "size": 224, "threads": 1}
+    for new in ({**case, "rows": 1}, {**case, "net": "resnet18"}, {**case, "rows": 2}):
+        benchmark["keep"](new, tmp_path / "file.json")
+    kept = json.loads((tmp_path / "file.json").read_text())["cases"]
+    assert kept == [{**case, "net": "resnet18"}, {**case, "rows": 2}]
