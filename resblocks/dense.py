@@ -23,12 +23,14 @@ What is kept for backward is the maps and, unless `memory="lean"`, the output of
 depth, where autograd keeps all maps again for each layer. Rebuilding what is cheap is the idea of Pleiss et al. 2017
 (arXiv 1707.06990); the common normalisation and the deferred correction are ours. Elementwise work and convolution go
 together through a few samples at a time, so that the scratch fits a processor's cache and does not grow with the batch.
+On CUDA with Triton each elementwise pass is one kernel of `resblocks._dense_triton`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -207,7 +209,7 @@ def _backward_layer(
         dy, *second = _backward_second(dy, _Maps(b, mean, rstd), weights[1], layer.steps[1])
     dweight = torch.zeros_like(weight, dtype=gamma.dtype) if wanted else None
     parts = _convolve_backward(dy, x, affine, weight, layer.steps[0].conv, dweight)
-    dgamma, dbeta = maps.add(gamma, affine[0], parts)
+    dgamma, dbeta = maps.add(gamma, affine, parts)
     return [dgamma, dbeta, dweight, *second]
 
 
@@ -216,7 +218,7 @@ def _backward_second(dy: Tensor, inner: _Maps, weights: _Weights, step: Step) ->
     gamma, _, weight, wanted = weights
     dweight = torch.zeros_like(weight, dtype=gamma.dtype) if wanted else None
     parts = _convolve_backward(dy, inner.x, inner.affine(weights), weight, step.conv, dweight)
-    spans = [dz for _, _, dz in parts]
+    spans = [_rectify(dz, z) for _, _, dz, z in parts]
     dz = spans[0] if len(spans) == 1 else torch.cat(spans)
     del spans
     db, dgamma, dbeta = aten.native_batch_norm_backward(
@@ -286,7 +288,7 @@ class _Pool(torch.autograd.Function):
             maps = _MapGradients(_Maps(x, mean, rstd), torch.zeros_like(x))
             weights = _Weights(gamma.to(mean.dtype), beta.to(mean.dtype), x, False)
             affine = maps.maps.affine(weights)
-            dgamma, dbeta = maps.add(weights.gamma, affine[0], _pool_backward(grad, x, affine, ctx.size))
+            dgamma, dbeta = maps.add(weights.gamma, affine, _pool_backward(grad, x, affine, ctx.size))
             for span in _spans(x):
                 maps.grad[span] = maps.finish(slice(None), span)
         return maps.grad, None, None, None, dgamma.to(gamma.dtype), dbeta.to(beta.dtype)
@@ -299,13 +301,14 @@ def _pool_backward(grad: Tensor, x: Tensor, affine: _Affine, size: int) -> Itera
         z = _activate(part, *affine, x.dtype)
         dz = torch.zeros_like(z)
         dz[covered] = functional.interpolate(grad[span], scale_factor=size).div_(size ** (x.dim() - 2))
-        yield span, part, _rectify(dz, z)
+        yield span, part, dz, z
 
 
 # --- what both are made of: maps and their gradients, convolution behind norm and rectifier
 
 _Affine = tuple[Tensor, Tensor]  # scale and shift, with a dimension for each of the positions'
-_Part = tuple[slice, Tensor, Tensor]  # a span of the samples, what a norm reads there, the gradient at its rectifier
+# A span of the samples; what a norm reads there; the gradient behind the rectifier, and what the rectifier put out.
+_Part = tuple[slice, Tensor, Tensor, Tensor]
 
 
 class _Maps(NamedTuple):
@@ -329,18 +332,21 @@ class _MapGradients:
         self.maps, self.grad = maps, grad
         self.s1, self.s2 = torch.zeros_like(maps.mean), torch.zeros_like(maps.mean)
 
-    def add(self, gamma: Tensor, scale: Tensor, parts: Iterable[_Part]) -> tuple[Tensor, Tensor]:
+    def add(self, gamma: Tensor, affine: _Affine, parts: Iterable[_Part]) -> tuple[Tensor, Tensor]:
         """Add what a reader of the first maps hands back, span by span; return its dgamma and dbeta."""
-        c = len(gamma)
+        c, kernels = len(gamma), _kernels(self.grad)
         grad, mean, rstd = self.grad[:, :c], self.maps.mean[:c], self.maps.rstd[:c]
         dgamma, dbeta = torch.zeros_like(mean), torch.zeros_like(mean)
-        for span, x, dz in parts:
-            # Of batch norm's backward the sums alone: one pass, and no cancellation between x and mean.
-            dz = dz.to(x.dtype)
-            sums = aten.native_batch_norm_backward(dz, x, gamma, None, None, mean, rstd, True, 0.0, [False, True, True])
-            dgamma += sums[1]
-            dbeta += sums[2]
-            grad[span].addcmul_(dz, scale)
+        for span, x, dz, z in parts:
+            if kernels is not None:
+                more = kernels.accumulate(dz, x, *affine, mean, rstd, grad[span])
+            else:
+                # Of batch norm's backward the sums alone: one pass, and no cancellation between x and mean.
+                dz, outputs = _rectify(dz, z).to(x.dtype), [False, True, True]
+                more = aten.native_batch_norm_backward(dz, x, gamma, None, None, mean, rstd, True, 0.0, outputs)[1:]
+                grad[span].addcmul_(dz, affine[0])
+            dgamma += more[0]
+            dbeta += more[1]
         self.s1[:c] += gamma * dbeta
         self.s2[:c] += gamma * dgamma
         return dgamma, dbeta
@@ -372,7 +378,24 @@ def _linear(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, x, scale)
 
 
+def _kernels(x: Tensor) -> Any:
+    """The module of Triton's kernels where they run and are right, else None."""
+    return _find_kernels(x.device, x.dtype) if x.is_cuda else None
+
+
+@cache
+def _find_kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    try:
+        from resblocks import _dense_triton
+    except ImportError:
+        return None
+    return _dense_triton if _dense_triton.runs_right(device, dtype) else None
+
+
 def _activate(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    if (kernels := _kernels(x)) is not None:
+        found: Tensor = kernels.activate(x, scale, shift, dtype)
+        return found
     return _linear(x, scale, shift).relu_().to(dtype)
 
 
@@ -397,7 +420,7 @@ def _convolve(x: Tensor, affine: _Affine, weight: Tensor, conv: Any, out: Tensor
 def _convolve_backward(
     dy: Tensor, x: Tensor, affine: _Affine, weight: Tensor, conv: Any, dweight: Tensor | None
 ) -> Iterator[_Part]:
-    """The gradient at the input of the rectifier of `_convolve`, span by span; adds the weight's to dweight."""
+    """The gradient behind the rectifier of `_convolve`, span by span; adds the weight's to dweight."""
     product = _is_product(conv, x, weight)
     for span in _spans(x):
         part = _packed(x[span])
@@ -412,7 +435,7 @@ def _convolve_backward(
             dz, more, _ = aten.convolution_backward(dy[span], z, weight, None, *_geometry(conv), wanted)
             if dweight is not None:
                 dweight.add_(more)
-        yield span, part, _rectify(dz, z)
+        yield span, part, dz, z
 
 
 def _geometry(conv: Any) -> tuple[object, ...]:
