@@ -102,6 +102,8 @@ def prepack(net: nn.Module, shape: tuple[int, ...], memory_format: torch.memory_
         seen[conv] = args[0].shape
 
     hooks = [conv.register_forward_pre_hook(note) for conv in net.modules() if isinstance(conv, FusedConv)]
+    if not hooks:
+        return
     try:
         parameter = next(net.parameters())
         net(torch.zeros(shape, dtype=parameter.dtype, device=parameter.device).to(memory_format=memory_format))

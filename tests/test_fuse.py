@@ -218,6 +218,27 @@ def test_layouts_follow_the_weights(change):
         assert relative_error(other(x), fast(x)) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_prepacked_net_is_right_in_every_dtype(dtype):
+    net, x = trained("resnet20"), image(3, 16, batch=2)
+    fast = fuse(net, dtype=dtype, input_size=(3, 16, 16), batch_size=2)
+    with torch.inference_mode():
+        assert relative_error(fast(x.to(dtype)).float(), net(x)) < (0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_net_without_convolutions_has_nothing_to_prepack():
+    x = torch.randn(2, 3)
+    assert torch.equal(fuse(nn.ReLU(), input_size=(3,))(x), x.relu())
+
+
+def test_net_fused_in_inference_mode_is_right():
+    net, x = trained("resnet20"), image(3, 16, batch=2)
+    with torch.inference_mode():
+        fast, expected = prepacked(net), net(x)
+    with torch.no_grad():
+        assert relative_error(fast(x), expected) < 1e-5
+
+
 def test_state_dict_knows_no_layouts():
     net, x = trained("resnet20"), image(3, 16, batch=2)
     plain, fast = fuse(net), prepacked(trained("resnet20"))
