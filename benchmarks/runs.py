@@ -76,10 +76,10 @@ def caption(group: list[dict[str, Any]]) -> str:
     settings, environment = group[0]["settings"], group[0]["environment"]
     recipe, seeds = settings["recipe"], sorted({run["settings"]["seed"] for run in group})
     commits = sorted({str(run["environment"]["commit"])[:9] for run in group})
-    tta = "" if recipe["tta"] == "none" else f", test-time augmentation {recipe['tta']}"
+    tta = "no test-time augmentation" if recipe["tta"] == "none" else f"test-time augmentation: {recipe['tta']}"
     return (
         f"{settings['dataset']['name']}, {settings['dataset']['split']} set, recipe `{recipe['name']}` with "
-        f"{recipe['epochs']} epochs of batch {recipe['batch_size']}{tta}, {settings['precision']}, "
+        f"{recipe['epochs']} epochs of batch {recipe['batch_size']}, {tta}, {settings['precision']}, "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, last epoch; {environment['device']}, "
         f"torch {environment['versions']['torch']}, commit {', '.join(commits)}."
     )

@@ -66,7 +66,9 @@ def test_every_table_is_up_to_date() -> None:
 def test_table_shows_the_last_epoch_of_all_seeds(runs: Any) -> None:
     write(runs, *(finished(model, seed, 90.0 + seed) for seed in (0, 1) for model in ("resnet18", "resnet18_noskip")))
     text = runs.tables("tiny")
-    assert text.startswith("CIFAR-10, test set, recipe `paper` with 2 epochs of batch 500, bfloat16, seeds 0, 1, last")
+    assert text.startswith(
+        "CIFAR-10, test set, recipe `paper` with 2 epochs of batch 500, no test-time augmentation, bfloat16, seeds 0, 1"
+    )
     assert (
         "| ResNet-18 | 11,173,962 | 90.50 ± 0.71 (n=2) | 84.15 to 96.85 | 89.90 (arXiv:2510.24036, abstract) "
         "| 0.250 ± 0.000 (n=2) | 7 ± 0 (n=2) |"
