@@ -1,36 +1,54 @@
 """Layers in a row: what leaves a batch norm and only its activation reads is written over, or rebuilt in backward.
 
-Hooks see the value that left a layer, so nothing of this is done where somebody looks on (`resblocks.watched`).
+Hooks see the value that left a layer, so nothing of this is done where somebody looks on (`resblocks.watched`). Small
+maps take less time than the calls of modules; so what does nothing is not called, and the checks are few.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from resblocks.rebuild import BATCH_NORMS, Rebuild, may_rebuild
+from resblocks.rebuild import BATCH_NORMS, Rebuild, is_repeatable, may_rebuild
 from resblocks.watched import is_watched
 
 
 def run_layers(layers: nn.Module, x: Tensor, rebuild: Rebuild | None = None) -> Tensor:
-    """`layers(x)`, where nobody traces. An activation behind a norm takes over its buffer.
+    """`layers(x)`, where nobody traces. A ReLU behind a batch norm takes over its buffer.
 
     Args:
         rebuild: what keeps the norm's input alone for backward; None keeps the activation.
     """
+    if is_silent(layers):
+        return x
+    if rebuild is not None:
+        return _run_rebuilding(layers, x, rebuild)
     if type(layers) is not nn.Sequential or is_watched(layers):
         out: Tensor = layers(x)
         return out
-    norm, norm_input = None, None
+    norm: Any = None
     for layer in layers:
-        if rebuild is not None and norm is not None and norm_input is not None and may_rebuild(norm, layer):
-            x, norm_input = rebuild.activate(norm, layer, norm_input, x), None
-        elif norm is not None and is_fresh(norm):
+        if norm is not None and is_fresh(norm):
             x = activate(layer, x, owned=True)
         else:
-            norm_input = None if rebuild is None else x  # kept no longer than backward keeps it anyway
             x = layer(x)
-        norm = layer
+        norm = layer if type(layer) in BATCH_NORMS else None
+    return x
+
+
+def _run_rebuilding(layers: nn.Module, x: Tensor, rebuild: Rebuild) -> Tensor:
+    if type(layers) is not nn.Sequential or is_watched(layers):
+        return rebuild.call(layers, x)
+    norm, norm_input = None, x
+    for layer in layers:
+        if norm is not None and may_rebuild(norm, layer):
+            x, norm = rebuild.activate(norm, layer, norm_input, x), None
+        elif is_repeatable(layer):
+            norm, norm_input, x = layer, x, layer(x)
+        else:
+            norm, x = None, rebuild.call(layer, x)
     return x
 
 
@@ -40,6 +58,11 @@ def activate(act: nn.Module, x: Tensor, *, owned: bool) -> Tensor:
     return out
 
 
+def is_silent(part: nn.Module) -> bool:
+    """Whether the part does nothing and nobody would notice that it is not called."""
+    return type(part) is nn.Identity and not is_watched(part)
+
+
 def is_fresh(norm: nn.Module) -> bool:
     """Whether what the norm puts out may be written over: batch norm makes a new tensor and does not keep it."""
     return type(norm) in BATCH_NORMS and not is_watched(norm)
@@ -47,4 +70,7 @@ def is_fresh(norm: nn.Module) -> bool:
 
 def ends_fresh(branch: nn.Module) -> bool:
     """Whether what the branch puts out may be written over."""
-    return type(branch) is nn.Sequential and len(branch) > 0 and is_fresh(branch[-1]) and not is_watched(branch)
+    if type(branch) is not nn.Sequential or is_watched(branch):
+        return False
+    last = next(reversed(branch._modules.values()), None)
+    return last is not None and is_fresh(last)

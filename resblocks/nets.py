@@ -125,9 +125,7 @@ class Network(nn.Module):
         kept = layers is self.stem and type([*layers.modules()][-1]) in ACTIVATIONS
         if self.checkpoint != "norms" or kept or not torch.is_grad_enabled():
             return run_layers(layers, x)
-        rebuild = Rebuild()
-        with rebuild.keeping():
-            return run_layers(layers, x, rebuild)
+        return run_layers(layers, x, Rebuild())
 
     def forward_head(self, features: Tensor) -> Tensor:
         """From that map to the logits. Shape: (N, num_features, H, W) -> (N, num_classes)."""

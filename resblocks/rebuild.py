@@ -20,6 +20,7 @@ from resblocks.watched import is_watched
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm)
 # One operator each, which draws nothing.
 ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU),
@@ -35,8 +36,12 @@ def can_rebuild(norm: nn.Module, act: nn.Module) -> bool:
 
     Those are torch's, and norms with an attribute `repeatable = True`: the same output each time, and nothing changed.
     """
-    known = type(norm) in (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm)
-    return (known or getattr(norm, "repeatable", False)) and type(act) in ACTIVATIONS
+    return is_repeatable(norm) and type(act) in ACTIVATIONS
+
+
+def is_repeatable(norm: nn.Module) -> bool:
+    """Whether the layer is such a norm."""
+    return type(norm) in NORMS or getattr(norm, "repeatable", False)
 
 
 def may_rebuild(norm: nn.Module, act: nn.Module) -> bool:
@@ -55,7 +60,7 @@ def has_pair(*parts: nn.Module) -> bool:
 
 
 class Rebuild:
-    """`with rebuild.keeping(): ...`: what `rebuild.activate` puts out is kept by no operator within.
+    """Runs the layers of a block so that no operator keeps what a norm and an activation put out.
 
     Raises:
         RuntimeError: in backward, when a tensor that it needs was changed in place since forward.
@@ -66,20 +71,26 @@ class Rebuild:
         self._made: WeakKeyDictionary[Any, tuple[_Pair, bool, object]] = WeakKeyDictionary()
         self._running: _Pair | None = None
 
-    def keeping(self) -> saved_tensors_hooks:
-        """The context in which operators keep pairs in place of their values."""
-        return saved_tensors_hooks(self._pack, _unpack)
-
     def activate(self, norm: nn.Module, act: nn.Module, x: Tensor, normed: Tensor) -> Tensor:
         """`act(normed)`, where normed is `norm(x)`."""
         pair = _Pair(norm, act, x)
         self._register(pair, normed, type(act) is nn.ReLU)
         self._running = pair if type(act) in KEEP_RESULT else None
         try:
-            out: Tensor = torch.relu_(normed) if type(act) is nn.ReLU else act(normed)
+            with saved_tensors_hooks(self._pack, _unpack):
+                out: Tensor = torch.relu_(normed) if type(act) is nn.ReLU else act(normed)
         finally:
             self._running = None
         self._register(pair, out, True)
+        return out
+
+    def call(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """`layer(x)`, whose operators keep none of the values that `activate` has put out."""
+        if not self._made:
+            out: Tensor = layer(x)
+            return out
+        with saved_tensors_hooks(self._pack, _unpack):
+            out = layer(x)
         return out
 
     def _register(self, pair: _Pair, value: Tensor, activated: bool) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from resblocks.chain import activate, ends_fresh, run_layers
+from resblocks.chain import activate, ends_fresh, is_silent, run_layers
 from resblocks.init import init_weights
 from resblocks.rebuild import Rebuild, has_pair
 from resblocks.recompute import recompute
@@ -149,34 +149,45 @@ class Residual(nn.Module):
             return recompute(self, self.run, x)
         if is_traced(x):
             return self.run(x)
-        rebuild = Rebuild()
-        with rebuild.keeping():
-            return self.run(x, rebuild)
+        return self.run(x, Rebuild())
 
     def run(self, x: Tensor, rebuild: Rebuild | None = None) -> Tensor:
-        """The block itself, whatever is kept of its activations; what nobody can see is written over."""
-        traced = is_traced(x)
-        h = self.preact(x) if traced else run_layers(self.preact, x, rebuild)
-        y = self.branch(h) if traced else run_layers(self.branch, h, rebuild)
-        owned = not traced and ends_fresh(self.branch)
+        """The block itself, whatever is kept of its activations."""
+        if not is_traced(x):
+            return self._run_unseen(x, rebuild)
+        h = self.preact(x)
+        y = self.branch(h)
         if self._skip:
             assert self.shortcut is not None  # the setter keeps it so
-            unseen = not traced and type(self.merge) is Add and not is_watched(self.merge)
-            y = self._join(self.shortcut(h), y, in_place=owned and unseen)
+            y = self.merge(self.shortcut(h), self.drop_path(self.scale(y)))
+        out: Tensor = self.act(y)
+        return out
+
+    def _run_unseen(self, x: Tensor, rebuild: Rebuild | None) -> Tensor:
+        """The same sentence, where only hooks of the parts can look on: what nobody sees is written over."""
+        parts: Any = self._modules  # a module's attributes are slow to find
+        branch = parts["branch"]
+        h = run_layers(parts["preact"], x, rebuild)
+        y = run_layers(branch, h, rebuild)
+        owned = ends_fresh(branch)
+        if self._skip:
+            unseen = type(parts["merge"]) is Add and not is_watched(parts["merge"])
+            y = self._join(run_layers(parts["shortcut"], h, rebuild), y, in_place=owned and unseen)
             owned = unseen
-        return activate(self.act, y, owned=owned)
+        return y if is_silent(parts["act"]) else activate(parts["act"], y, owned=owned)
 
     def _join(self, shortcut: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
-        between = (self.scale, self.drop_path)
-        silent = all(type(part) is nn.Identity and not is_watched(part) for part in between)
-        if in_place and silent and (shortcut.shape, shortcut.dtype) == (y.shape, y.dtype):
+        parts: Any = self._modules
+        scale, drop_path = parts["scale"], parts["drop_path"]
+        silent = is_silent(scale) and is_silent(drop_path)
+        if in_place and silent and shortcut.shape == y.shape and shortcut.dtype == y.dtype:
             return y.add_(shortcut)
-        out: Tensor = self.merge(shortcut, self.drop_path(self.scale(y)))
+        out: Tensor = parts["merge"](shortcut, y if silent else drop_path(scale(y)))
         return out
 
     def __repr__(self) -> str:
         """The block on one line; `nn.Module.__repr__(block)` shows every layer on its own."""
-        parts = [f"{name}: {in_words(part)}" for name, part in self.named_children() if not is_silent(part)]
+        parts = [f"{name}: {in_words(part)}" for name, part in self.named_children() if not is_usual(part)]
         return f"{type(self).__name__}({'; '.join(parts if self._skip else [*parts, 'skip=False'])})"
 
 
@@ -192,7 +203,7 @@ def in_words(layer: nn.Module) -> str:
     return type(layer).__name__
 
 
-def is_silent(part: nn.Module) -> bool:
+def is_usual(part: nn.Module) -> bool:
     """Whether a part does what it does in every block by default, and needs no mention."""
     return type(part) in (nn.Identity, Add)
 

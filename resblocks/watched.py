@@ -29,8 +29,10 @@ def is_plain(x: object) -> TypeGuard[Tensor]:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether the module itself, children aside, has a hook or a forward of its own."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return True
+    return "forward" in own
 
 
 def may_replace(modules: Iterable[nn.Module], x: object) -> bool:
