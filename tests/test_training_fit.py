@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_workers import RECIPE, tiny_dataset, tiny_fit, tiny_net
 
 import resblocks.training.__main__ as entry
@@ -476,3 +478,30 @@ def test_example_under_torchrun(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.count("| resnet20") == 1  # the first process speaks
     assert json.loads((tmp_path / "results.json").read_text())["results"][0]["environment"]["processes"] == 2
+
+
+class HostReads(TorchDispatchMode):
+    """Notes the operators whose result the host must wait for."""
+
+    READ = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.READ:
+            self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_step_asks_the_device_nothing(clip: float) -> None:
+    """A GPU runs ahead of the host only where no number of a step is read."""
+    loop = _loop(build_net("resnet20", tiny_dataset()), recipe=replace(RECIPE, clip_norm=clip))
+    loop.order(0)  # drawn on the host once an epoch
+    with HostReads() as reads:
+        loop.train_step(0)
+        assert reads.seen == []
+        loop.meter.values[0].item()
+    assert reads.seen == ["_local_scalar_dense"]  # the counter counts
