@@ -1,0 +1,61 @@
+"""The benchmarks' memory figures are exact, so they are tests: of small nets here, and those of the result files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PLAIN = ("torchvision", "resblocks", "resblocks out of place")
+
+
+@pytest.fixture
+def train_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import train_step
+
+    return train_step
+
+
+@pytest.fixture
+def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import scaling
+
+    return scaling
+
+
+@pytest.mark.parametrize("name", ["resnet18_cifar", "resnet50", "resnext50_32x4d"])
+def test_plain_net_takes_the_memory_of_its_peers(train_step: ModuleType, name: str) -> None:
+    rows = train_step.memory(name, PLAIN, batch=2)
+    for what in ("saved_ratio", "peak_ratio", "made_ratio"):
+        assert rows["resblocks"][what] <= 1.02
+    assert rows["resblocks out of place"]["made_ratio"] > 1.1
+
+
+def test_norms_save_what_the_result_file_says(train_step: ModuleType) -> None:
+    kept = json.loads(train_step.RESULTS.read_text(encoding="utf-8"))["memory"]["resnet18_cifar"]
+    now = train_step.memory("resnet18_cifar", ("torchvision", "resblocks norms"))
+    assert now["resblocks norms"] == kept["resblocks norms"]
+
+
+def test_gates_let_right_steps_pass_and_find_wrong_ones(train_step: ModuleType) -> None:
+    rows = train_step.gates("resnet18_cifar", ("torchvision", "timm checkpointed", "resblocks norms"), size=8)
+    assert {name: row["passes"] for name, row in rows.items()} == {
+        "torchvision": True,
+        "timm checkpointed": False,
+        "resblocks norms": True,
+    }
+
+
+def test_point_of_the_curves_is_that_of_the_result_file(scaling: ModuleType) -> None:
+    kept = json.loads(scaling.RESULTS.read_text(encoding="utf-8"))["curves"]["batch"]["1"]
+    assert scaling.point(**{**scaling.USUAL, "batch": 1}) == kept
+
+
+def test_small_maps_contestant_uses_products(train_step: ModuleType) -> None:
+    net = train_step.small_maps("resnet18_cifar")
+    assert {type(module).__name__ for module in net.stages[3][1].branch} >= {"SmallMapConv2d"}
