@@ -25,7 +25,7 @@ def train_memory() -> Table:
             right = "equal" if result["gates"][net][name]["passes"] else "batches counted twice"
             rows.append([f"`{net}`", name, *mib, *ratios, right])
     header = ["net", "training step of", "kept, MiB an image", "peak, MiB an image"]
-    ratios = ["kept", "peak", "allocated in all, over the first's"]
+    ratios = [f"{what}, over the first's" for what in ("kept", "peak", "allocated in all")]
     return [*header, *ratios, "gradients and buffers"], rows, "llrrrrrl"
 
 

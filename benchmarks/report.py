@@ -13,12 +13,14 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import compat
 import options
+import performance_tables
 import runs
 
 from resblocks import DenseNet, ResNet
@@ -112,6 +114,11 @@ def inference_table() -> str:
     return table(header, rows, "lrlrrrrr") + said
 
 
+def made(parts: Callable[[], performance_tables.Table]) -> str:
+    """The table of header, rows and alignment."""
+    return table(*parts())
+
+
 def options_table() -> str:
     """Each value of each option with its source and the blocks and dims that take it, found by building them."""
     return table(["option", "value", "source", "blocks", "dims"], options.rows(), "lllll")
@@ -198,6 +205,7 @@ TABLES = {
     "gradients": gradients_table,
     "inference": inference_table,
     **runs.REGIONS,
+    **{name: partial(made, table_of) for name, table_of in performance_tables.TABLES.items()},
 }
 
 

@@ -33,7 +33,7 @@ def test_plain_net_takes_the_memory_of_its_peers(train_step: ModuleType, name: s
     rows = train_step.memory(name, PLAIN, batch=2)
     for what in ("saved_ratio", "peak_ratio", "made_ratio"):
         assert rows["resblocks"][what] <= 1.02
-    assert rows["resblocks out of place"]["made_ratio"] > 1.1
+    assert rows["resblocks out of place"]["made_ratio"] > 1.05
 
 
 def test_norms_save_what_the_result_file_says(train_step: ModuleType) -> None:
