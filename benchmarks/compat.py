@@ -36,6 +36,7 @@ import resblocks as rb
 from resblocks.config import from_config
 from resblocks.layers import CBAM, ECA, SE, LayerScale, WSConv2d, blur_downsample, group_norm
 from resblocks.models import MODELS
+from resblocks.training.environment import commit, environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "compat_cpu_2026-11.json"
 Build = Callable[..., nn.Module]
@@ -396,12 +397,10 @@ def run(name: str, check: str) -> dict[str, Any]:
         said = "pass"
     except Exception as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    return {"outcome": said, "seconds": round(time.perf_counter() - start, 1)}
+    return {"outcome": said, "seconds": round(time.perf_counter() - start, 1), "commit": commit()}
 
 
 def main() -> None:
-    from resblocks.training.environment import environment
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="*", default=["*"], help="shell patterns of names")
     parser.add_argument("--checks", nargs="*", default=list(CHECKS), choices=list(CHECKS))
