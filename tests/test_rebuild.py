@@ -242,3 +242,15 @@ def test_graph_is_freed_without_the_collector():
         assert alive[0]() is None
     finally:
         gc.enable()
+
+
+def test_rebuilt_step_is_the_same_under_ddp(tmp_path):
+    dist = pytest.importorskip("torch.distributed")
+    kept, rebuilt = twins("preact_basic")
+    x = image(8, 4)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(rebuilt)
+        assert_equal(step(kept, x), step(parallel, x))
+    finally:
+        dist.destroy_process_group()
