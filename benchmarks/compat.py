@@ -109,9 +109,9 @@ def draws(net: nn.Module) -> bool:
     return any(isinstance(child, (nn.Dropout, rb.layers.DropPath)) for child in net.modules())
 
 
-def check_compile(build: Build, backend: str = "aot_eager") -> None:
+def check_compile(build: Build, backend: str = "aot_eager", dtype: torch.dtype = torch.float32) -> None:
     """torch.compile without a graph break, once for two batch sizes, forward and backward."""
-    net = build().train(False)
+    net = build(dtype=dtype).train(False)
     torch._dynamo.reset()
     compiled = torch.compile(net, backend=backend, fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -360,7 +360,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 CHECKS: dict[str, Callable[[Build], None]] = {
     "compile": check_compile,
-    "compile by inductor": partial(check_compile, backend="inductor"),
+    "compile by inductor": partial(check_compile, backend="inductor", dtype=torch.float64),
     "compile in training": check_compile_train,
     "export": check_export,
     "fx": check_fx,
