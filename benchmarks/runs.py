@@ -173,7 +173,7 @@ def stamped(file: Path, programme: str) -> bytes:
     about, buffer = PngInfo(), io.BytesIO()
     about.add_text("Runs", digest(programme))
     with Image.open(file) as image:
-        image.convert("P", palette=Image.Palette.ADAPTIVE).save(buffer, format="png", pnginfo=about, optimize=True)
+        image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE).save(buffer, format="png", pnginfo=about, optimize=True)
     return buffer.getvalue()
 
 
