@@ -173,7 +173,8 @@ def stamped(file: Path, programme: str) -> bytes:
     about, buffer = PngInfo(), io.BytesIO()
     about.add_text("Runs", digest(programme))
     with Image.open(file) as image:
-        image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE).save(buffer, format="png", pnginfo=about, optimize=True)
+        few_colours = image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
+        few_colours.save(buffer, format="png", pnginfo=about, optimize=True)
     return buffer.getvalue()
 
 

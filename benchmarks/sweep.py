@@ -24,6 +24,7 @@ import torch
 
 from resblocks.training import Diverged, Ranks, Recipe, fit, get_recipe, load_dataset
 from resblocks.training.data import Dataset
+from resblocks.training.device import COMPILE_MODES
 from resblocks.training.experiment import build_net
 from resblocks.training.files import write_json
 
@@ -152,6 +153,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile the nets")
+    parser.add_argument("--compile-mode", choices=COMPILE_MODES, default="default")
     options = parser.parse_args()
     if unknown := sorted(set(options.programmes) - set(PROGRAMMES)):
         parser.error(f"PROGRAMME must be of {', '.join(PROGRAMMES)}, got {', '.join(unknown)}")
@@ -173,7 +175,7 @@ def main() -> int:
     with torch.device("meta"):
         for cell, _ in todo:  # a name that is wrong is found before hours of training
             build_net(cell.model, datasets[cell.dataset])
-    how = {name: getattr(options, name) for name in ("device", "precision", "compile")}
+    how = {name: getattr(options, name) for name in ("device", "precision", "compile", "compile_mode")}
     fine = []
     for cell, file in todo:
         fine.append(run_cell(cell, datasets[cell.dataset], file, options.work / file.parent.name, ranks, how))

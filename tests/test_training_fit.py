@@ -352,6 +352,18 @@ def test_figures_show_mean_and_range_of_seeds(tmp_path: Path, monkeypatch: pytes
         draw_figures([_made_up("resnet18", 0), _made_up("resnet18", 1, epochs=2)], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": True, "compile_mode": "fast"}, "compile_mode must be one of default, .*, got 'fast'"),
+        ({"compile_mode": "reduce-overhead"}, "compile_mode must be default without compile=True"),
+    ],
+)
+def test_compile_mode_that_cannot_be_used_raises(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_fit(tmp_path, **options)
+
+
 def test_figures_need_results(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one finished epoch"):
         draw_figures([], tmp_path)
@@ -455,8 +467,11 @@ def test_entry_passes_the_options_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_net_trains_to_the_same_numbers(tmp_path: Path) -> None:
-    compiled, eager = (tiny_fit(tmp_path / str(on), compile=on) for on in (True, False))
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_net_trains_to_the_same_numbers(tmp_path: Path, mode: str) -> None:
+    compiled, eager = (
+        tiny_fit(tmp_path / str(on), compile=on, compile_mode=mode if on else "default") for on in (True, False)
+    )
     assert compiled.epochs[-1]["eval_loss"] == pytest.approx(eager.epochs[-1]["eval_loss"], rel=0.1)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resblocks.training.data import DATASETS, load_dataset
+from resblocks.training.device import COMPILE_MODES
 from resblocks.training.experiment import results_table, run_variants, write_results
 from resblocks.training.figures import draw_figures
 from resblocks.training.ranks import Ranks
@@ -31,6 +32,7 @@ class Config:
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
+    compile_mode: str = "default"
     channels_last: bool = True
     small_maps: bool = False
     deterministic: bool = False
@@ -54,6 +56,7 @@ HELP = {
     "device": "auto, cpu, cuda, cuda:1, ...",
     "precision": "auto: bfloat16 where the hardware has it",
     "compile": "torch.compile the nets",
+    "compile_mode": "with --compile: reduce-overhead replays forward and backward as CUDA graphs",
     "channels_last": "memory format of weights and images",
     "small_maps": "3x3 convolutions with small output maps as matrix products, on the CPU",
     "deterministic": "deterministic convolutions on CUDA, slower",
@@ -69,6 +72,7 @@ CHOICES = {
     "dataset": list(DATASETS),
     "recipe": ["auto", *RECIPES],
     "precision": ["auto", "float32", "bfloat16"],
+    "compile_mode": list(COMPILE_MODES),
 }
 RECIPE_HELP = {
     "epochs": "passes over the training images",
@@ -150,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "device",
         "precision",
         "compile",
+        "compile_mode",
         "channels_last",
         "small_maps",
         "deterministic",

@@ -18,7 +18,7 @@ from torch import nn
 
 from .checkpoint import list_checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights
 from .data import Dataset
-from .device import pick_device, pick_precision
+from .device import check_compile_mode, pick_device, pick_precision
 from .environment import environment
 from .files import FolderLock, remove_leftovers, write_json
 from .folder import claim, layout, read_finished
@@ -46,6 +46,7 @@ def fit(
     device: str = "auto",
     precision: str = "auto",
     compile: bool = False,
+    compile_mode: str = "default",
     channels_last: bool = True,
     small_maps: bool = False,
     deterministic: bool = False,
@@ -68,6 +69,7 @@ def fit(
         device: auto, cpu, cuda, cuda:1, ... precision: auto, float32, bfloat16 (autocast).
         small_maps: on the CPU run 3x3 convolutions with small output maps as matrix products where that was measured to
             be faster; equal up to rounding, see `resblocks.training.small_maps`.
+        compile_mode: of torch.compile: default, reduce-overhead (CUDA graphs of forward and backward), max-autotune.
         deterministic: on CUDA choose deterministic convolutions, slower; the CPU's always are.
         gradients: record the gradient by layer at the start and after each epoch; it does not change the training.
         checkpoint_steps: also after so many steps (0: only by time). checkpoint_seconds: also after so much time.
@@ -79,6 +81,7 @@ def fit(
         Interrupted: SIGTERM or Ctrl-C, after the step is done and saved (a SystemExit with status 143 or 130).
     """
     ranks, out = ranks or Ranks(), Path(out)
+    check_compile_mode(compile_mode, compile)
     picked = pick_device(device, ranks.local_rank)
     dtype = pick_precision(precision, picked)
     settings = {
@@ -106,7 +109,18 @@ def fit(
             stack.enter_context(
                 torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic)
             )
-        loop = Loop(net, dataset, recipe, seed, picked, dtype, ranks, compile=compile, channels_last=channels_last)
+        loop = Loop(
+            net,
+            dataset,
+            recipe,
+            seed,
+            picked,
+            dtype,
+            ranks,
+            compile=compile,
+            compile_mode=compile_mode,
+            channels_last=channels_last,
+        )
         params = sum(weight.numel() for weight in net.parameters())
         result = Result(name, params, settings, environment(picked, ranks.size))
         log = RunLog(out, name, active=ranks.is_first, progress=progress, tensorboard=tensorboard)

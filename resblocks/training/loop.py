@@ -38,6 +38,7 @@ class Loop:
         ranks: Ranks,
         *,
         compile: bool = False,
+        compile_mode: str = "default",
         channels_last: bool = True,
     ) -> None:
         images = len(dataset.train_images)
@@ -57,7 +58,8 @@ class Loop:
         self._order_of: tuple[int, Tensor] | None = None
 
         self.net = net.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(net) if compile else net
+        self.replays = compile and compile_mode != "default"  # CUDA graphs, whose results the next replay writes over
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(net, mode=compile_mode) if compile else net
         self.model: Callable[[Tensor], Tensor] = self.forward
         if ranks.on:
             devices = [device.index] if device.type == "cuda" else None
@@ -99,6 +101,8 @@ class Loop:
             group["lr"] = self.recipe.lr_at(step, self.total_steps)
         self.net.train()
         images, labels = self.batch(step)
+        if self.replays:
+            torch.compiler.cudagraph_mark_step_begin()
         with self.autocast():
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
@@ -128,13 +132,18 @@ class Loop:
                 return None
             images = normalise(self.test_images[part], self.mean, self.std).contiguous(memory_format=self.memory_format)
             with self.autocast():
-                logits = self.forward(images).float()
+                logits = self._logits(images)
                 if self.recipe.tta == "flip":
-                    logits = (logits + self.forward(images.flip(3)).float()) / 2
+                    logits = (logits + self._logits(images.flip(3))) / 2
             sums.add(F.cross_entropy(logits, self.test_labels[part]), logits, self.test_labels[part])
         self.ranks.sum_(sums.values[:3])
         loss, correct, images_seen, _ = sums.read()
         return loss / images_seen, 100 * correct / images_seen
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """In float32, to be kept over the next call."""
+        logits = self.forward(images).float()
+        return logits.clone() if self.replays else logits
 
     def gradient_layers(self) -> list[dict[str, Any]]:
         """The gradient of each convolution and linear weight, on fixed training images, in float32 and on a copy."""

@@ -1,0 +1,139 @@
+"""Images a second of CIFAR ResNet-18 training: ours, torchvision's and timm's, eager and compiled, whole steps.
+
+    python benchmarks/throughput.py --batch 128 512 1024 --compile default reduce-overhead    # on a GPU
+    python benchmarks/throughput.py --batch 32 --rounds 3                                     # on a CPU
+
+A step is forward, loss, backward and a fused SGD update on images that lie on the device, in channels_last, under
+bfloat16 autocast where the hardware has it. `reduce-overhead` replays forward and backward as CUDA graphs. All
+contestants start from the same weights and take turns in one process; "harness" is a step of `resblocks.training` with
+its augmentation and its check for infinite losses, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from train_step import build
+from turns import spread, take_turns
+
+from resblocks.training import Dataset, Ranks, get_recipe
+from resblocks.training.device import pick_device, pick_precision
+from resblocks.training.environment import environment
+from resblocks.training.files import write_json
+from resblocks.training.loop import Loop
+
+NETS = ("torchvision", "timm", "resblocks")
+IMAGES = 2048  # of random pixels: their content does not change the time
+
+
+def contestants(
+    batch: int, modes: list[str], device: torch.device, dtype: torch.dtype
+) -> dict[str, Callable[[], None]]:
+    """A function for each contestant that trains for one step."""
+    nets = {
+        name: net.to(device, memory_format=torch.channels_last) for name, net in build("resnet18_cifar", NETS).items()
+    }
+    found = {name: plain_step(net, net, batch, device, dtype) for name, net in nets.items()}
+    found["resblocks harness"] = harness_step(copy.deepcopy(nets["resblocks"]), batch, device, dtype, None)
+    for mode in modes:
+        for name in ("torchvision", "resblocks"):
+            net = copy.deepcopy(nets[name])
+            found[f"{name} {mode}"] = plain_step(net, torch.compile(net, mode=mode), batch, device, dtype)
+        net = copy.deepcopy(nets["resblocks"])
+        found[f"resblocks harness {mode}"] = harness_step(net, batch, device, dtype, mode)
+    return found
+
+
+def plain_step(
+    net: nn.Module, run: Callable[[Tensor], Tensor], batch: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[], None]:
+    """As a user would write it, with what torch offers for speed."""
+    x = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(batch, device=device) % 10
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = functional.cross_entropy(run(x).float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def harness_step(
+    net: nn.Module, batch: int, device: torch.device, dtype: torch.dtype, mode: str | None
+) -> Callable[[], None]:
+    """A step of our training loop, augmentation and all."""
+    images = torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(IMAGES) % 10
+    dataset = Dataset("noise", tuple("0123456789"), images, labels, images[:10], labels[:10])
+    recipe = get_recipe("r26", batch_size=batch, lr=1e-3)
+    loop = Loop(
+        net, dataset, recipe, 0, device, dtype, Ranks(), compile=mode is not None, compile_mode=mode or "default"
+    )
+    return lambda: loop.train_step(0)
+
+
+def measure(batch: int, rounds: int, steps: int, modes: list[str], device: torch.device, dtype: torch.dtype) -> Any:
+    """Images a second of each contestant in each round of so many steps, and how many times torchvision's of it."""
+
+    def repeated(step: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(steps):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    found = {name: repeated(step) for name, step in contestants(batch, modes, device, dtype).items()}
+    take_turns(found, 2, time.perf_counter)  # compiling and choosing algorithms
+    seconds = take_turns(found, rounds, time.perf_counter)
+    base = seconds["torchvision"]
+    rows = {
+        name: {
+            "images_per_second": [round(batch * steps / second, 1) for second in spent],
+            **spread([other / own for own, other in zip(spent, base, strict=True)], "speed"),
+        }
+        for name, spent in seconds.items()
+    }
+    return {"batch": batch, "steps": steps, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[128, 512, 1024])
+    parser.add_argument("--compile", nargs="*", default=[], choices=("default", "reduce-overhead", "max-autotune"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, help="a round (default: 20 on a GPU, 1 on a CPU)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    device = pick_device(options.device, 0)
+    dtype = pick_precision(options.precision, device)
+    torch.backends.cudnn.benchmark = True
+    steps = options.steps or (20 if device.type == "cuda" else 1)
+    cases = []
+    for batch in options.batch:
+        cases.append(measure(batch, options.rounds, steps, options.compile, device, dtype))
+        write_json(
+            options.out, {"environment": environment(device), "throughput": cases}
+        )  # after each: runs may be cut
+        for name, row in cases[-1]["rows"].items():
+            rate = max(row["images_per_second"])
+            print(f"{batch:5d} {name:32s} {rate:10.0f} images/s  {row['speed_median']:.2f} x torchvision", flush=True)
+
+
+if __name__ == "__main__":
+    main()
