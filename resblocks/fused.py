@@ -258,7 +258,10 @@ def plain_conv_add_relu(
 ) -> Tensor:
     """The same by the operators that every backend has."""
     conv = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[weight.dim() - 3]
-    y = conv(x, weight, bias, *geometry)
+    return _joined(conv(x, weight, bias, *geometry), other, relu)
+
+
+def _joined(y: Tensor, other: Tensor | None, relu: bool) -> Tensor:
     if other is not None:
         y = other + fitting(y, other)
     return torch.relu(y) if relu else y
@@ -273,6 +276,8 @@ def _onednn(
     if other is None:
         y: Tensor = operator(x, weight, bias, *moves, "relu" if relu else "none", [], "")
         return y
+    if math.prod(other.shape[2:]) == 1:  # the operator of torch 2.11 fails there
+        return _joined(operator(x, weight, bias, *moves, "none", [], ""), other, relu)
     return fitting(operator.binary(x, other, weight, bias, *moves, "add", 1.0, "relu" if relu else None, [], ""), other)
 
 

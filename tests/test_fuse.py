@@ -159,6 +159,7 @@ def test_operators_that_are_missing_or_wrong_are_not_used(monkeypatch):
     fused.has_layouts.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_one_operator_runs_the_block_where_torch_has_it():
     if not fused.has_onednn(torch.float32):
         pytest.skip("this torch has no oneDNN")
