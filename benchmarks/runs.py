@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from scipy import stats
 
 from resblocks.training import Result, draw_figures
-from resblocks.training.experiment import TITLES
+from resblocks.training.experiment import title
 from resblocks.training.figures import draw_depths
 from resblocks.training.files import write_atomic
 
@@ -64,7 +64,9 @@ def tables(programme: str) -> str:
     parts = [f"{caption(group)}\n\n{table(group)}" for group in groups([run for run in runs if "failed" not in run])]
     left = len(sweep.PROGRAMMES[programme]) - len(runs)
     if failed := [run for run in runs if "failed" in run]:
-        parts.append("".join(f"- {title(run)}, seed {run['settings']['seed']}: {run['failed']}\n" for run in failed))
+        parts.append(
+            "".join(f"- {title(run['name'])}, seed {run['settings']['seed']}: {run['failed']}\n" for run in failed)
+        )
     if left:
         parts.append(f"{left} of the programme's {len(sweep.PROGRAMMES[programme])} runs have not been made.\n")
     where = (RUNS / programme).relative_to(ROOT).as_posix()
@@ -94,7 +96,7 @@ def table(group: list[dict[str, Any]]) -> str:
         same = [run for run in group if run["name"] == name]
         accuracies = [run["epochs"][-1]["eval_accuracy_percent"] for run in same]
         row = {
-            "net": title(same[0]),
+            "net": title(name),
             "parameters": f"{same[0]['params']:,}",
             "accuracy, %": mean_and_std(accuracies, 2),
             "95 % interval": interval(accuracies),
@@ -107,10 +109,6 @@ def table(group: list[dict[str, Any]]) -> str:
     kept = [name for name in header if any(row[name] for row in rows) and (is_cifar10 or name != "published, %")]
     lines = [kept, ["---", *["---:"] * (len(kept) - 1)], *([row[name] for name in kept] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def title(run: dict[str, Any]) -> str:
-    return TITLES.get(run["name"], f"`{run['name']}`")
 
 
 def mean_and_std(values: Sequence[float], digits: int) -> str:
@@ -140,7 +138,13 @@ def drawn(programme: str) -> list[str]:
     finished = [run for run in read(programme) if "failed" not in run]
     if len(groups(finished)) != 1 or len({run["name"] for run in finished}) < 2:
         return []
-    return [name for name in SHOWN if name != "depths" or programme.startswith("degradation")]
+    has_depths = programme.startswith("degradation") and len({depth(run["name"]) for run in finished}) > 1
+    return [name for name in SHOWN if name != "depths" or has_depths]
+
+
+def depth(name: str) -> int:
+    """Of a net called resnetN, with or without skips."""
+    return int(re.sub(r"\D", "", name))
 
 
 def draw(programme: str) -> dict[Path, bytes]:
@@ -155,8 +159,8 @@ def draw(programme: str) -> dict[Path, bytes]:
 
 def ends(results: list[Result]) -> list[Result]:
     """Those of the shallowest and of the deepest nets: the curves of all depths in one picture cannot be told apart."""
-    depths = [int(re.sub(r"\D", "", result.name)) for result in results]
-    return [result for result, depth in zip(results, depths, strict=True) if depth in (min(depths), max(depths))]
+    depths = [depth(result.name) for result in results]
+    return [result for result in results if depth(result.name) in (min(depths), max(depths))]
 
 
 def path_of(programme: str, figure: str) -> Path:

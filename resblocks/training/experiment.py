@@ -27,6 +27,11 @@ TITLES = {
 }
 
 
+def title(variant: str) -> str:
+    """A variant in words."""
+    return TITLES.get(variant) or variant.replace("_noskip", " without skips").replace("_bn", " with batch norm")
+
+
 def build_net(variant: str, dataset: Dataset, seed: int = 0) -> Network:
     """A named net for a data set's classes and channels, with the stem for small images and weights from the seed.
 
@@ -85,7 +90,7 @@ def results_table(results: list[Result], on_cifar10: bool) -> str:
     for result in results:
         paper = [f"{PAPER[result.name]:.1f}" if result.name in PAPER else ""] if on_cifar10 else []
         numbers = [f"{result.loss:.4f}", f"{result.params:,}", f"{result.seconds:.1f}"]
-        rows.append([TITLES.get(result.name, result.name), f"{result.accuracy_percent:.2f}", *paper, *numbers])
+        rows.append([title(result.name), f"{result.accuracy_percent:.2f}", *paper, *numbers])
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
     lines.insert(1, "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .experiment import TITLES
+from .experiment import title
 from .extras import require
 from .files import write_atomic
 from .result import Result
@@ -169,7 +169,7 @@ def _panels(**options: Any) -> tuple[Any, Any]:
 
 def _look(result: Result, index: int, points: int) -> dict[str, Any]:
     look = dict(_LOOKS.get(result.name) or _OTHERS[index % len(_OTHERS)])
-    return {**look, "label": TITLES.get(result.name, result.name), "markevery": max(1, points // 15)}
+    return {**look, "label": title(result.name), "markevery": max(1, points // 15)}
 
 
 def _whole_numbers(axes: Any) -> None:
