@@ -410,7 +410,7 @@ def test_example_runs_resumes_and_refuses(
 ) -> None:
     _example(monkeypatch, tmp_path)
     first = capsys.readouterr().out
-    assert "| resnet20_noskip |" in first
+    assert "| resnet20 without skips |" in first
     assert "epoch 1/1" in first
     written = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [run["name"] for run in written] == ["resnet20", "resnet20_noskip"]
