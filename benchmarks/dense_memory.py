@@ -14,25 +14,25 @@ import argparse
 import copy
 import json
 import re
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from live_bytes import check_the_counter, peak_of_step
+from peers import data, made_with
 from timm.models.densenet import DenseNet as TimmDenseNet
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import profile
 from torchvision.models import DenseNet as TorchvisionDenseNet
+from turns import spread, take_turns
 
 from resblocks import DenseNet
 from resblocks.dense import CPU_CHUNK
 from resblocks.models import cifar_densenet
-from resblocks.training.environment import environment
+from resblocks.training.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "dense_memory_cpu_2026-11.json"
@@ -100,12 +100,6 @@ def with_same_weights(build: Callable[[str], nn.Module], contestants: tuple[str,
         ours = contestant in ("shared", "lean")
         net.load_state_dict({our_name(key): value for key, value in weights.items()} if ours else weights)
     return nets
-
-
-def data(batch: int, size: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = None if device == "meta" else torch.Generator().manual_seed(1)
-    x = torch.randn(batch, 3, size, size, device=device, dtype=dtype, generator=generator)
-    return x, torch.arange(batch, device=device) % 10
 
 
 # --- the gates
@@ -209,25 +203,20 @@ def times(nets: dict[str, nn.Module], batch: int, size: int, layout: str, repeat
     nets = {name: copy.deepcopy(net).to(memory_format=order) for name, net in nets.items()}
     x, labels = data(batch, size)
     x = x.contiguous(memory_format=order)
-    seconds: dict[str, list[float]] = {name: [] for name in nets}
-    for repeat in range(-1, repeats):
-        for name, net in nets.items():
-            net.zero_grad()
-            start = time.process_time()
-            functional.cross_entropy(net(x), labels).backward()
-            if repeat >= 0:
-                seconds[name].append(time.process_time() - start)
-    ratios = {name: [a / b for a, b in zip(row, seconds[BASELINE], strict=True)] for name, row in seconds.items()}
+    seconds = take_turns({name: partial(step, net, x, labels) for name, net in nets.items()}, repeats)
     rows = {
         name: {
             "cpu_seconds": [round(second, 4) for second in row],
-            "ratio_min": min(ratios[name]),
-            "ratio_median": statistics.median(ratios[name]),
-            "ratio_max": max(ratios[name]),
+            **spread([own / base for own, base in zip(row, seconds[BASELINE], strict=True)], "ratio"),
         }
         for name, row in seconds.items()
     }
     return {"batch": batch, "size": size, "layout": layout, "dtype": "float32", "rows": rows}
+
+
+def step(net: nn.Module, x: Tensor, labels: Tensor) -> None:
+    net.zero_grad()
+    functional.cross_entropy(net(x), labels).backward()
 
 
 # --- the figure
@@ -310,12 +299,10 @@ def main() -> None:
     }
     result = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     for part in args.only or parts:
-        made = environment(torch.device("cpu"))
-        made["versions"]["timm"] = timm.__version__
+        made = made_with()
         result |= parts[part]()
         result.setdefault("environment", {})[part] = made
-        args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, result)
         print(json.dumps({part: result.get(part)}, indent=1), flush=True)
     if "depth" in result:
         draw(result["depth"], FIGURE)

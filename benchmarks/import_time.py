@@ -11,15 +11,12 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from inference import is_installed
+from peers import is_installed, made_with
 from turns import spread
 
-from resblocks.training.environment import environment
 from resblocks.training.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,10 +68,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    made = environment(torch.device("cpu"))
-    made["versions"] |= {name: metadata.version(name) for name in CONTESTANTS if is_installed(name)}
     rows = run(options.rounds)
-    write_json(options.out, {"environment": made, "rows": rows})
+    write_json(options.out, {"environment": made_with(), "rows": rows})
     for name, row in rows.items():
         print(f"{name:12s} {row['seconds_median']:.3f} s, {row['modules']} modules")
 

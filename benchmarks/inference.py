@@ -19,18 +19,17 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+from peers import data, is_installed, made_with, same_weights
 from torch import Tensor, nn
 from turns import spread, take_turns
 
 from resblocks import create_model, interop
 from resblocks.fuse import fuse
-from resblocks.training.environment import environment
 from resblocks.training.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,23 +91,6 @@ def from_pytorchcv(name: str) -> nn.Module:
     return get_model(PYTORCHCV.get(name, name))
 
 
-def is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def same_weights(net: nn.Module, source: nn.Module) -> nn.Module:
-    """The net with the tensors of another that has them in the same order under other names."""
-    mine, theirs = net.state_dict(), source.state_dict()
-    if [tensor.shape for tensor in mine.values()] != [tensor.shape for tensor in theirs.values()]:
-        raise ValueError(f"net must have the tensors of {type(source).__name__} in its order, got {type(net).__name__}")
-    net.load_state_dict(dict(zip(mine, theirs.values(), strict=True)))
-    return net
-
-
 # --- the measurement
 
 
@@ -116,7 +98,7 @@ def measure(name: str, batch: int, size: int, rounds: int, threads: int, compile
     """One net at one batch size: seconds, speed-up and error of each contestant."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    x, _ = data(batch, size)
     nets = contestants(name, x, compiled)
     clock = time.process_time if threads == 1 else time.perf_counter
     with torch.inference_mode():
@@ -193,9 +175,7 @@ def main() -> None:
     for name in options.net or NETS:
         for batch in options.batch or (1, 8):
             case = measure(name, batch, options.size, options.rounds, options.threads, options.compile)
-            case["environment"] = environment(torch.device("cpu"))
-            for package in filter(is_installed, ("timm", "pytorchcv")):
-                case["environment"]["versions"][package] = metadata.version(package)
+            case["environment"] = made_with()
             show(case)
             if options.out is not None:
                 keep(case, options.out)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peers import verdict
+
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
 Table = tuple[list[str], list[list[str]], str]
@@ -22,8 +24,7 @@ def train_memory() -> Table:
         for name, row in contestants.items():
             mib = [f"{row[f'{what}_bytes'] / row['batch'] / MIB:.2f}" for what in ("saved", "peak")]
             ratios = [f"{row[f'{what}_ratio']:.3f}" for what in ("saved", "peak", "made")]
-            right = "equal" if result["gates"][net][name]["passes"] else "batches counted twice"
-            rows.append([f"`{net}`", name, *mib, *ratios, right])
+            rows.append([f"`{net}`", name, *mib, *ratios, verdict(result["gates"][net][name])])
     header = ["net", "training step of", "kept, MiB an image", "peak, MiB an image"]
     ratios = [f"{what}, over the first's" for what in ("kept", "peak", "allocated in all")]
     return [*header, *ratios, "gradients and buffers"], rows, "llrrrrrl"

@@ -22,6 +22,7 @@ import compat
 import options
 import performance_tables
 import runs
+from peers import verdict
 
 from resblocks import DenseNet, ResNet
 from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION
@@ -70,7 +71,7 @@ def dense_memory_table() -> str:
         plain = contestants["torchvision"]["peak_bytes"]
         for name, found in contestants.items():
             mib = {key: found[key] / found["batch"] / 2**20 for key in ("peak_bytes", "saved_bytes")}
-            right = "equal" if result["gates"][name]["passes"] else "batches counted twice"
+            right = verdict(result["gates"][name])
             less = f"{plain / found['peak_bytes']:.1f}"
             rows.append([f"`{net}`", name, f"{mib['peak_bytes']:.2f}", f"{mib['saved_bytes']:.2f}", less, right])
     header = [

@@ -9,6 +9,7 @@ import re
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def update_figures(check: bool) -> list[str]:
     return [f"figures of {programme}" for programme in stale]
 
 
-REGIONS: dict[str, Callable[[], str]] = {}
-for _programme in sweep.PROGRAMMES:
-    REGIONS[f"runs-{_programme}"] = lambda programme=_programme: section(programme)
-    REGIONS[f"runs-{_programme}-table"] = lambda programme=_programme: tables(programme)
+REGIONS: dict[str, Callable[[], str]] = {
+    **{f"runs-{programme}": partial(section, programme) for programme in sweep.PROGRAMMES},
+    **{f"runs-{programme}-table": partial(tables, programme) for programme in sweep.PROGRAMMES},
+}

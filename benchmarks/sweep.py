@@ -171,13 +171,13 @@ def main() -> int:
     ranks = Ranks.from_env()
     needed = sorted({cell.dataset for name in options.programmes for cell in PROGRAMMES[name]})
     datasets = {name: ranks.first_then_all(partial(load_dataset, name, options.data_dir)) for name in needed}
-    todo = list(unfinished(options.programmes, datasets, options.results))
+    left = list(unfinished(options.programmes, datasets, options.results))
     with torch.device("meta"):
-        for cell, _ in todo:  # a name that is wrong is found before hours of training
+        for cell, _ in left:  # a name that is wrong is found before hours of training
             build_net(cell.model, datasets[cell.dataset])
     how = {name: getattr(options, name) for name in ("device", "precision", "compile", "compile_mode")}
     fine = []
-    for cell, file in todo:
+    for cell, file in left:
         fine.append(run_cell(cell, datasets[cell.dataset], file, options.work / file.parent.name, ranks, how))
     ranks.close()
     print(f"{sum(fine)} runs done, {len(fine) - sum(fine)} failed, the others were finished before")

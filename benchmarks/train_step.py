@@ -18,14 +18,13 @@ import copy
 import json
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torchvision
-from inference import is_installed, same_weights
 from live_bytes import LiveBytes, check_the_counter, peak_of_step
+from peers import data, is_installed, made_with, same_weights
 from torch import Tensor, nn
 from torch.nn import functional
 from turns import spread, take_turns
@@ -33,7 +32,6 @@ from turns import spread, take_turns
 from resblocks import create_model, interop
 from resblocks.models import wide_resnet
 from resblocks.training.device import has_fast_bfloat16
-from resblocks.training.environment import environment
 from resblocks.training.files import write_json
 from resblocks.training.small_maps import _Product, small_map_products
 
@@ -161,12 +159,6 @@ def build(name: str, chosen: tuple[str, ...]) -> dict[str, nn.Module]:
         else:
             same_weights(net, first)
     return nets
-
-
-def data(batch: int, size: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = None if device == "meta" else torch.Generator().manual_seed(1)
-    x = torch.randn(batch, 3, size, size, device=device, dtype=dtype, generator=generator)
-    return x, torch.arange(batch, device=device) % 10
 
 
 # --- the gates
@@ -391,9 +383,7 @@ def main() -> None:
 def keep(part: str, found: Any, path: Path) -> None:
     """Put a part into the file, with what it was made with; times of other nets and precisions stay."""
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"environment": {}}
-    made = environment(torch.device("cpu"))
-    for package in filter(is_installed, ("timm", "pytorchcv")):
-        made["versions"][package] = metadata.version(package)
+    made = made_with()
     if isinstance(found, list):
         found = [{**row, "environment": made} for row in found]
         new = {setting(row) for row in found}

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resblocks.layers import layout_of
+
 PROGRAMS = 1024  # over positions in `accumulate`: some for each multiprocessor, and a short second stage of the sums
 
 
@@ -23,7 +25,7 @@ def activate(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Ten
     Shape: x (N, C, ...), scale and shift C values in any shape; the output has the shape and layout of x.
     """
     maps = x.flatten(2)
-    out = torch.empty_like(x, dtype=dtype, memory_format=_layout(x))
+    out = torch.empty_like(x, dtype=dtype, memory_format=layout_of(x))
     flat = out.view(*maps.shape)
     samples, channels, area = maps.shape
     rows, columns = _blocks(maps)
@@ -56,12 +58,6 @@ def accumulate(
         )  # fmt: skip
     dgamma, dbeta = sums.sum(1)
     return dgamma, dbeta
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    """Of maps that may be some of a buffer's channels."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    return last if last is not None and x.stride(1) < x.stride(-1) else torch.contiguous_format
 
 
 def _blocks(maps: Tensor) -> tuple[int, int]:

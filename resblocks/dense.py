@@ -38,14 +38,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from resblocks.dense_plan import Layer, Memory, Moments, Plan, Step, may_pool, plan_block, window
-from resblocks.layers import over_positions
+from resblocks.layers import layout_of, over_positions
 
 aten = torch.ops.aten
 
 # Elements of one chunk of samples. 2 MiB of float32 is where the time is flat on a CPU with 0.5 MiB of second-level
 # cache; on an accelerator, where few large kernels are best, the number only bounds the scratch.
 CPU_CHUNK, DEVICE_CHUNK = 2**19, 2**27
-LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def run_block(layers: Iterable[nn.Module], x: Tensor, memory: Memory) -> Tensor | None:
@@ -119,7 +118,7 @@ class _Block(torch.autograd.Function):
         first, wide = x.shape[1], _wide(x.dtype)
         with _autocast_off(x):
             width = first + len(plan.layers) * plan.growth
-            buffer = _empty(x, width, torch.promote_types(x.dtype, plan.compute), _format(x))
+            buffer = _empty(x, width, torch.promote_types(x.dtype, plan.compute), layout_of(x))
             # Zero stays for the last maps, which nothing in the block reads.
             mean, var, rstd = (torch.zeros(width, dtype=wide, device=x.device) for _ in range(3))
             maps, saved = _Maps(buffer, mean, rstd), []
@@ -175,7 +174,7 @@ def _forward_layer(layer: Layer, weights: list[_Weights], maps: _Maps, new: slic
     affine = maps.affine(weights[0])
     if len(layer.steps) == 2:
         norm = layer.steps[1].norm
-        b = _empty(x, len(weights[1].gamma), plan.compute, _format(maps.x))
+        b = _empty(x, len(weights[1].gamma), plan.compute, layout_of(maps.x))
         _convolve(x, affine, weights[0].conv, layer.steps[0].conv, b)
         mean, var = _batch_moments(b)
         plan.moments.append(Moments(norm, mean, var, b.numel() // b.shape[1]))
@@ -185,7 +184,7 @@ def _forward_layer(layer: Layer, weights: list[_Weights], maps: _Maps, new: slic
     _convolve(x, affine, weights[-1].conv, layer.steps[-1].conv, out)
     if layer.dropout:
         # The mask that nn.Dropout would draw for these maps.
-        noise = functional.dropout(_empty(x, plan.growth, plan.compute, _format(maps.x)).fill_(1), layer.dropout)
+        noise = functional.dropout(_empty(x, plan.growth, plan.compute, layout_of(maps.x)).fill_(1), layer.dropout)
         out.mul_(noise)
         saved.append(noise != 0)
     return saved
@@ -203,7 +202,7 @@ def _backward_layer(
     second: list[Tensor | None] = []
     if len(layer.steps) == 2:
         mean, rstd, *kept = saved
-        b = kept[0] if kept else _empty(x, len(mean), plan.compute, _format(maps.maps.x))
+        b = kept[0] if kept else _empty(x, len(mean), plan.compute, layout_of(maps.maps.x))
         if not kept:
             _convolve(x, affine, weight, layer.steps[0].conv, b)
         dy, *second = _backward_second(dy, _Maps(b, mean, rstd), weights[1], layer.steps[1])
@@ -231,7 +230,7 @@ def _evaluate(x: Tensor, plan: Plan) -> Tensor:
     """The block by the running statistics, without gradients; the second norm is folded into the first convolution."""
     wide, dtype = _wide(x.dtype), torch.promote_types(x.dtype, plan.compute)
     with _autocast_off(x):
-        buffer = _empty(x, x.shape[1] + len(plan.layers) * plan.growth, dtype, _format(x))
+        buffer = _empty(x, x.shape[1] + len(plan.layers) * plan.growth, dtype, layout_of(x))
         new = slice(0, x.shape[1])
         buffer[:, new] = x
         for layer in plan.layers:
@@ -273,7 +272,7 @@ class _Pool(torch.autograd.Function):
             maps = _Maps(x, mean, torch.rsqrt(var + norm.eps))
             affine = maps.affine(_Weights(gamma.to(wide), beta.to(wide), x, False))
             shape = (*x.shape[:2], *(length // size for length in x.shape[2:]))
-            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
             for span in _spans(x):
                 out[span] = pool(_activate(x[span], *affine, x.dtype), size)
         ctx.size = size
@@ -450,17 +449,13 @@ def _is_product(conv: Any, x: Tensor, weight: Tensor) -> bool:
 
 def _rows(x: Tensor, like: Tensor) -> Tensor:
     """View of maps as matrices of positions by channels, one for the whole batch if `like`'s channels are innermost."""
-    return x.movedim(1, -1).view(1, -1, x.shape[1]) if _is_last(like) else x.view(*x.shape[:2], -1).mT
+    is_last = layout_of(like) is not torch.contiguous_format
+    return x.movedim(1, -1).view(1, -1, x.shape[1]) if is_last else x.view(*x.shape[:2], -1).mT
 
 
 def _packed(x: Tensor) -> Tensor:
     """Some channels of a buffer without the gaps between them."""
-    return x.contiguous(memory_format=LAST[x.dim()] if _is_last(x) else torch.contiguous_format)
-
-
-def _is_last(x: Tensor) -> bool:
-    """Whether the channels of part of a buffer are innermost."""
-    return x.dim() in LAST and x.stride(1) < x.stride(-1)
+    return x.contiguous(memory_format=layout_of(x))
 
 
 def _spans(x: Tensor) -> Iterator[slice]:
@@ -472,11 +467,6 @@ def _spans(x: Tensor) -> Iterator[slice]:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """What sums over a batch are taken in."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    last = LAST.get(x.dim(), torch.contiguous_format)
-    return last if x.is_contiguous(memory_format=last) and not x.is_contiguous() else torch.contiguous_format
 
 
 def _empty(x: Tensor, channels: int, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:

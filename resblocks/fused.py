@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from resblocks import winograd
-from resblocks.dense import _format as format_of
 from resblocks.layers import _WeightStandardised as WeightStandardised
-from resblocks.layers import over_positions
+from resblocks.layers import layout_of, over_positions
 from resblocks.residual import fitting
+from resblocks.watched import is_traced
 
 
 class Geometry(NamedTuple):
@@ -159,7 +159,7 @@ class FusedDenseBlock(nn.Sequential):
             for layer in self:
                 x = torch.cat([x, layer(x)], 1)
             return x
-        stop, memory_format = x.shape[1], format_of(x)
+        stop, memory_format = x.shape[1], layout_of(x)
         shape = (x.shape[0], stop + sum(self.growths), *x.shape[2:])
         maps = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
         maps[:, :stop] = x
@@ -220,14 +220,9 @@ def affine(norm: Any) -> tuple[Tensor, Tensor]:
 # --- one operator where torch has it; none of these is part of torch's public interface, so each is tried before use
 
 
-def runs_eagerly(x: object) -> bool:
+def runs_eagerly(x: Tensor) -> bool:
     """Whether nothing traces and nothing is recorded, so that operators may run that only some backends know."""
-    # is_compiling comes first: torch.compile and torch.export then trace nothing of this.
-    if torch.compiler.is_compiling() or type(x) is not Tensor:  # a proxy of torch.fx, a fake tensor, ...
-        return False
-    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined, no-untyped-call]
-        return False
-    return not (torch.is_grad_enabled() and x.requires_grad)
+    return not is_traced(x) and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 @torch.fx.wrap
@@ -262,9 +257,10 @@ def plain_conv_add_relu(
 
 
 def _joined(y: Tensor, other: Tensor | None, relu: bool) -> Tensor:
+    """`relu(y + other)` of a y that nobody else has seen."""
     if other is not None:
         y = other + fitting(y, other)
-    return torch.relu(y) if relu else y
+    return torch.relu_(y) if relu else y
 
 
 def _onednn(
@@ -284,10 +280,7 @@ def _onednn(
 def _winograd(
     x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool, geometry: Geometry
 ) -> Tensor:
-    y = winograd.convolve(x, weight, bias)
-    if other is not None:
-        y = other + fitting(y, other)
-    return y.relu_() if relu else y  # nobody else has seen it
+    return _joined(winograd.convolve(x, weight, bias), other, relu)
 
 
 def _cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, geometry: Geometry) -> Tensor:

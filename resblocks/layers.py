@@ -38,6 +38,14 @@ def named(**layers: nn.Module | None) -> nn.Sequential:
     return sequence
 
 
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """channels_last where the channels of maps, or of some of a buffer's maps, lie innermost; else contiguous."""
+    return _LAST[x.dim()] if x.dim() in _LAST and x.stride(1) < x.stride(-1) else torch.contiguous_format
+
+
 def over_positions(values: Tensor, x: Tensor) -> Tensor:
     """Values of channels, with a dimension of size 1 for each spatial one of x: (..., C) -> (..., C, 1, ...)."""
     return values[(...,) + (None,) * (x.dim() - 2)]

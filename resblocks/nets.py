@@ -121,11 +121,11 @@ class Network(nn.Module):
         if is_traced(x):
             out: Tensor = layers(x)
             return out
+        if self.checkpoint != "norms" or not torch.is_grad_enabled():
+            return run_layers(layers, x)
         # An activation that ends the stem is kept by the blocks that read it.
         kept = layers is self.stem and type([*layers.modules()][-1]) in ACTIVATIONS
-        if self.checkpoint != "norms" or kept or not torch.is_grad_enabled():
-            return run_layers(layers, x)
-        return run_layers(layers, x, Rebuild())
+        return run_layers(layers, x, None if kept else Rebuild())
 
     def forward_head(self, features: Tensor) -> Tensor:
         """From that map to the logits. Shape: (N, num_features, H, W) -> (N, num_classes)."""

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from resblocks.layers import layout_of
 from resblocks.watched import is_traced
 
 from .device import has_fast_bfloat16
@@ -122,7 +123,7 @@ class _Product(torch.autograd.Function):
                 dx = aten.convolution_backward(grad, x, weight, None, *geometry, [True, False, False])[0]
         if ctx.needs_input_grad[1]:
             product = rearrange(grad, "n d h w -> d (n h w)") @ _windows(x, ctx.stride)
-            dweight = rearrange(product, "d (i j c) -> d c i j", i=3, j=3).contiguous(memory_format=_format(weight))
+            dweight = rearrange(product, "d (i j c) -> d c i j", i=3, j=3).contiguous(memory_format=layout_of(weight))
         return dx, dweight, None, None
 
 
@@ -130,7 +131,7 @@ def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     product = _windows(x, stride) @ rearrange(weight, "d c i j -> (i j c) d")
     height = 1 + (x.shape[2] - 1) // stride
     out = rearrange(product, "(n h w) d -> n d h w", n=len(x), h=height)
-    return out.contiguous(memory_format=_format(x))
+    return out.contiguous(memory_format=layout_of(x))
 
 
 def _windows(x: Tensor, stride: int) -> Tensor:
@@ -138,8 +139,3 @@ def _windows(x: Tensor, stride: int) -> Tensor:
     padded = functional.pad(rearrange(x, "n c h w -> n h w c"), (0, 0, 1, 1, 1, 1))
     windows: Tensor = rearrange(padded.unfold(1, 3, stride).unfold(2, 3, stride), "n h w c i j -> (n h w) (i j c)")
     return windows
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
