@@ -82,6 +82,7 @@ PROGRAMMES: dict[str, tuple[Cell, ...]] = {
     ),
     "digits": cells(["baseline_cnn_bn", "resnet18_noskip", "resnet18"], "digits", seeds=3, dataset="digits"),
     "paper-cpu": cells(PAPERS_NETS, "paper", epochs=15),
+    "paper-short-cpu": cells(["resnet18", "resnet18_noskip", "baseline_cnn_bn"], "paper", epochs=5, clip_norm=0.0),
     "paper-small-cpu": cells(["resnet20", "resnet20_noskip", "baseline_cnn_20"], "paper", epochs=5),
     "degradation-cpu": (
         *cells(plain_and_residual(20, 56), "he2015", epochs=2),
