@@ -1,6 +1,7 @@
 """What training a DenseNet costs in memory and time: ours against torchvision's and timm's, with the same weights.
 
     python benchmarks/dense_memory.py            # gates, memory, depth and time, about 25 minutes on a core
+    python benchmarks/dense_memory.py --only time --dtype bfloat16   # under autocast, where the processor has bfloat16
     python benchmarks/dense_memory.py --check    # a minute: counts the memory again, fails where it has changed
 
 Memory is counted operator by operator (`live_bytes.py`) over one forward and backward, without parameters and input:
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from live_bytes import check_the_counter, peak_of_step
-from peers import data, made_with
+from peers import data, made_with, merged, timed_dtype
 from timm.models.densenet import DenseNet as TimmDenseNet
 from torch import Tensor, nn
 from torch.nn import functional
@@ -197,13 +198,15 @@ def depth_curve() -> dict[str, Any]:
 # --- time
 
 
-def times(nets: dict[str, nn.Module], batch: int, size: int, layout: str, repeats: int) -> dict[str, Any]:
+def times(
+    nets: dict[str, nn.Module], batch: int, size: int, layout: str, dtype: torch.dtype, repeats: int
+) -> dict[str, Any]:
     """Seconds of one forward and backward, contestants taking turns, and the ratio to the baseline's of that turn."""
     order = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[layout]
     nets = {name: copy.deepcopy(net).to(memory_format=order) for name, net in nets.items()}
     x, labels = data(batch, size)
     x = x.contiguous(memory_format=order)
-    seconds = take_turns({name: partial(step, net, x, labels) for name, net in nets.items()}, repeats)
+    seconds = take_turns({name: partial(step, net, x, labels, dtype) for name, net in nets.items()}, repeats)
     rows = {
         name: {
             "cpu_seconds": [round(second, 4) for second in row],
@@ -211,12 +214,15 @@ def times(nets: dict[str, nn.Module], batch: int, size: int, layout: str, repeat
         }
         for name, row in seconds.items()
     }
-    return {"batch": batch, "size": size, "layout": layout, "dtype": "float32", "rows": rows}
+    said = {"batch": batch, "size": size, "layout": layout, "dtype": str(dtype).removeprefix("torch.")}
+    return {**said, "rows": rows, "environment": made_with()}
 
 
-def step(net: nn.Module, x: Tensor, labels: Tensor) -> None:
+def step(net: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
     net.zero_grad()
-    functional.cross_entropy(net(x), labels).backward()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = functional.cross_entropy(net(x).float(), labels)
+    loss.backward()
 
 
 # --- the figure
@@ -285,9 +291,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only compare the memory figures with the file's")
     parser.add_argument("--only", choices=["gates", "memory", "depth", "time"], action="append")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the times")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    dtype = timed_dtype(args.dtype)
     if args.check:
         check(args.out)
         return
@@ -295,28 +303,29 @@ def main() -> None:
         "gates": lambda: {"gates": gates(with_same_weights(small, CONTESTANTS), 8, 32)},
         "memory": lambda: {"memory": memory(), "memory_on_the_cpu": memory_on_the_cpu()},
         "depth": lambda: {"depth": depth_curve()},
-        "time": lambda: {"time": timings(args.repeats)},
+        "time": lambda: {"time": merged(result.get("time", []), timings(dtype, args.repeats))},
     }
     result = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     for part in args.only or parts:
         made = made_with()
         result |= parts[part]()
-        result.setdefault("environment", {})[part] = made
+        if part != "time":  # whose cases say it themselves
+            result.setdefault("environment", {})[part] = made
         write_json(args.out, result)
         print(json.dumps({part: result.get(part)}, indent=1), flush=True)
     if "depth" in result:
         draw(result["depth"], FIGURE)
 
 
-def timings(repeats: int) -> list[dict[str, Any]]:
+def timings(dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     nets = with_same_weights(small, TIMED)
     rows = [
-        {"net": "densenet_bc_100_12", **times(nets, batch, 32, layout, repeats)}
+        {"net": "densenet_bc_100_12", **times(nets, batch, 32, layout, dtype, repeats)}
         for batch in (64, 16)
         for layout in ("channels_last", "contiguous")
     ]
     large = with_same_weights(densenet121, TIMED)
-    return [*rows, {"net": "densenet121", **times(large, 4, 224, "channels_last", repeats)}]
+    return [*rows, {"net": "densenet121", **times(large, 4, 224, "channels_last", dtype, repeats)}]
 
 
 if __name__ == "__main__":

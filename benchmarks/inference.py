@@ -3,12 +3,14 @@
     python benchmarks/inference.py                           # all nets, batch 1 and 8, about 10 minutes on a core
     python benchmarks/inference.py --net resnet50 --batch 8  # one case; the others stay in the file
     python benchmarks/inference.py --compile                 # also torchvision through torch.compile (inductor)
+    python benchmarks/inference.py --dtype bfloat16          # weights and images in bfloat16, where it is hardware
     python benchmarks/inference.py --quick                   # a smoke test of seconds, writes only to --out
 
-One process, float32, evaluation without gradients, contestants taking turns; every contestant reads the same images,
-laid out as it likes them before the clock runs. Time is processor time of one thread; with `--threads 2` and more it
-is wall time. A speed-up is torchvision's time over the contestant's in the same round, and counts only for a
-contestant whose output is that of torchvision to 1e-5 of its largest value.
+One process, evaluation without gradients, contestants taking turns; every contestant reads the same images, laid out
+as it likes them before the clock runs. Time is processor time of one thread; with `--threads 2` and more it is wall
+time. A speed-up is torchvision's time over the contestant's in the same round, torchvision as it stands, in float32 and
+NCHW. It counts only for a contestant whose output is that of torchvision to 1e-5 of its largest value, in bfloat16 to
+5e-2.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 
 import torch
 import torchvision
-from peers import data, is_installed, made_with, same_weights
+from peers import data, is_installed, made_with, merged, same_weights, timed_dtype
 from torch import Tensor, nn
 from turns import spread, take_turns
 
@@ -37,7 +39,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "inference_cpu_2026-11.json"
 BASELINE = "torchvision"
 NETS = ("resnet18", "resnet50", "resnext50_32x4d", "densenet121")
 PYTORCHCV = {"resnet50": "resnet50b"}  # whose stride sits where torchvision's does
-TOLERANCE = 1e-5
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 Contestant = tuple[Callable[[Tensor], Tensor], Tensor]
 
@@ -45,27 +47,30 @@ Contestant = tuple[Callable[[Tensor], Tensor], Tensor]
 # --- the contestants
 
 
-def contestants(name: str, x: Tensor, compiled: bool) -> dict[str, Contestant]:
-    """Every net with its input, all with the weights of the first; a package that is not installed is left out."""
+def contestants(name: str, x: Tensor, dtype: torch.dtype, compiled: bool) -> dict[str, Contestant]:
+    """Every net with its input, all with the weights of the first; a package that is not installed is left out.
+
+    All but the first, the baseline, compute in the dtype.
+    """
     theirs = with_statistics(torchvision.models.get_model(name)).eval()
     ours = create_model(name).eval()
     interop.load(ours, theirs)
-    last = x.contiguous(memory_format=torch.channels_last)
-    found: dict[str, Contestant] = {
-        BASELINE: (theirs, x),
-        "torchvision channels_last": (copy.deepcopy(theirs).to(memory_format=torch.channels_last), last),
-    }
+    cast = x.to(dtype)
+    last = cast.contiguous(memory_format=torch.channels_last)
+    turned = copy.deepcopy(theirs).to(dtype, memory_format=torch.channels_last)
+    found: dict[str, Contestant] = {BASELINE: (theirs, x), "torchvision channels_last": (turned, last)}
     for package, build in {"timm": from_timm, "pytorchcv": from_pytorchcv}.items():
         if is_installed(package):
-            found[package] = (same_weights(build(name), theirs).eval(), x)
+            found[package] = (same_weights(build(name), theirs).eval().to(dtype), cast)
     if compiled:
-        found["torchvision compiled"] = (torch.compile(copy.deepcopy(theirs)), x)
-        found["torchvision compiled, frozen"] = (torch.compile(copy.deepcopy(theirs), options={"freezing": True}), x)
-    size = {"input_size": x.shape[1:], "batch_size": x.shape[0]}
+        plain = copy.deepcopy(theirs).to(dtype)
+        found["torchvision compiled"] = (torch.compile(plain), cast)
+        found["torchvision compiled, frozen"] = (torch.compile(copy.deepcopy(plain), options={"freezing": True}), cast)
+    size = {"dtype": dtype, "input_size": x.shape[1:], "batch_size": x.shape[0]}
     return found | {
-        "resblocks": (ours, x),
-        "resblocks fused": (fuse(ours), last),
+        "resblocks fused": (fuse(ours, dtype=dtype), last),
         "resblocks fused, prepacked": (fuse(ours, **size), last),
+        "resblocks": (ours.to(dtype), cast),
     }
 
 
@@ -94,12 +99,14 @@ def from_pytorchcv(name: str) -> nn.Module:
 # --- the measurement
 
 
-def measure(name: str, batch: int, size: int, rounds: int, threads: int, compiled: bool) -> dict[str, Any]:
+def measure(
+    name: str, batch: int, size: int, dtype: torch.dtype, rounds: int, threads: int, compiled: bool
+) -> dict[str, Any]:
     """One net at one batch size: seconds, speed-up and error of each contestant."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     x, _ = data(batch, size)
-    nets = contestants(name, x, compiled)
+    nets = contestants(name, x, dtype, compiled)
     clock = time.process_time if threads == 1 else time.perf_counter
     with torch.inference_mode():
         truth = nets[BASELINE][0](x)
@@ -110,7 +117,7 @@ def measure(name: str, batch: int, size: int, rounds: int, threads: int, compile
             "seconds": [round(second, 5) for second in spent],
             **spread([base / own for base, own in zip(seconds[BASELINE], spent, strict=True)], "speedup"),
             "error": errors[contestant],
-            "right": errors[contestant] <= TOLERANCE,
+            "right": errors[contestant] <= TOLERANCE[dtype],
         }
         for contestant, spent in seconds.items()
     }
@@ -118,7 +125,7 @@ def measure(name: str, batch: int, size: int, rounds: int, threads: int, compile
         "net": name,
         "batch": batch,
         "size": size,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "threads": threads,
         "clock": clock.__name__,
         "rows": rows,
@@ -136,16 +143,17 @@ def apart(output: Tensor, truth: Tensor) -> float:
 def keep(case: dict[str, Any], path: Path) -> None:
     """Put the case into the file in place of the one of the same setting, if there is one."""
     cases = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else []
-    others = [other for other in cases if setting(other) != setting(case)]
-    write_json(path, {"cases": sorted([*others, case], key=setting)})
+    write_json(path, {"cases": sorted(merged(cases, [case]), key=place)})
 
 
-def setting(case: dict[str, Any]) -> tuple[Any, ...]:
-    return NETS.index(case["net"]), case["batch"], case["size"], case["threads"]
+def place(case: dict[str, Any]) -> tuple[Any, ...]:
+    """Where in the table a case stands."""
+    made_on = case["environment"]["device"]
+    return made_on, case["dtype"], NETS.index(case["net"]), case["batch"], case["size"], case["threads"]
 
 
 def show(case: dict[str, Any]) -> None:
-    print(f"{case['net']}, batch {case['batch']}, {case['size']} pixels, threads {case['threads']}")
+    print(f"{case['net']}, batch {case['batch']}, {case['size']} pixels, {case['dtype']}, threads {case['threads']}")
     for name, row in case["rows"].items():
         ratios = " ".join(f"{row[f'speedup_{what}']:.2f}" for what in ("min", "median", "max"))
         wrong = "" if row["right"] else "  WRONG"
@@ -159,6 +167,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="also torchvision through torch.compile")
     parser.add_argument("--quick", action="store_true", help="one small case, two rounds")
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} in benchmarks/results, nothing with --quick")
@@ -172,9 +181,10 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
+    dtype = timed_dtype(options.dtype)
     for name in options.net or NETS:
         for batch in options.batch or (1, 8):
-            case = measure(name, batch, options.size, options.rounds, options.threads, options.compile)
+            case = measure(name, batch, options.size, dtype, options.rounds, options.threads, options.compile)
             case["environment"] = made_with()
             show(case)
             if options.out is not None:

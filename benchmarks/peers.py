@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from resblocks.training.device import has_fast_bfloat16
 from resblocks.training.environment import environment
 
 OPTIONAL = ("timm", "pytorchcv")  # the environment of a result names the other packages
@@ -26,6 +28,32 @@ def made_with() -> dict[str, Any]:
     made = environment(torch.device("cpu"))
     made["versions"] |= {package: metadata.version(package) for package in filter(is_installed, OPTIONAL)}
     return made
+
+
+def timed_dtype(name: str) -> torch.dtype:
+    """The dtype of that name, or an end with an error where its times on this processor would say nothing."""
+    dtype: torch.dtype = getattr(torch, name)
+    if dtype == torch.bfloat16 and not has_fast_bfloat16(torch.device("cpu")):
+        raise SystemExit("dtype must be float32: this processor emulates bfloat16, whose times say nothing")
+    return dtype
+
+
+def merged(kept: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measured cases with the new ones, which carry their environment, in place of those of their settings."""
+    replaced = {setting(case) for case in new}
+    return [case for case in kept if setting(case) not in replaced] + new
+
+
+def setting(case: dict[str, Any]) -> str:
+    """What was measured and on which device, without what was found."""
+    said = {key: value for key, value in case.items() if key not in ("rows", "environment")}
+    return json.dumps([said, case["environment"]["device"]], sort_keys=True)
+
+
+def conditions(case: dict[str, Any], *names: str) -> str:
+    """In words, with which batch, precision and instructions of the processor a case was measured, and the names."""
+    instructions = case["environment"]["device"].split(", ")[1]  # of "cpu (x86_64, AVX2, 2 cores)"
+    return ", ".join([f"batch {case['batch']}", *(str(case[name]) for name in names), case["dtype"], instructions])
 
 
 def same_weights(net: nn.Module, source: nn.Module) -> nn.Module:

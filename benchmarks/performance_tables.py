@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peers import verdict
+from peers import conditions, verdict
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
@@ -35,8 +35,10 @@ def train_time() -> Table:
     rows = []
     for case in read("train_step")["time"]:
         for name, row in case["rows"].items():
-            setting = f"batch {case['batch']}, {case['size']} pixels, {case['dtype']}"
-            rows.append([f"`{case['net']}`", setting, name, *spread(row), str(len(row["cpu_seconds"]))])
+            pixels = {**case, "size": f"{case['size']} pixels"}
+            rows.append(
+                [f"`{case['net']}`", conditions(pixels, "size"), name, *spread(row), str(len(row["cpu_seconds"]))]
+            )
     return ["net", "setting", "training step of", "min", "median", "max", "rounds"], rows, "lllrrrr"
 
 
@@ -46,11 +48,11 @@ def small_maps() -> Table:
     for case in read("train_step")["small_maps"]:
         inside, outside = case["channels"]
         size = 1 + (case["size"] - 1) // case["stride"]
-        setting = [f"{inside}-{outside}", f"{size}x{size}", str(case["stride"]), str(case["batch"]), case["dtype"]]
-        rows.append([*setting, *spread(case["rows"]["weight"]), *spread(case["rows"]["all"])])
-    header = ["channels", "output map", "stride", "batch", "dtype"]
+        shape = [f"{inside}-{outside}", f"{size}x{size}", str(case["stride"])]
+        rows.append([*shape, conditions(case), *spread(case["rows"]["weight"]), *spread(case["rows"]["all"])])
+    header = ["channels", "output map", "stride", "setting"]
     ways = [f"{way}, {what}" for way in ("weight", "all") for what in ("min", "median", "max")]
-    return header + ways, rows, "lllrlrrrrrr"
+    return header + ways, rows, "llllrrrrrr"
 
 
 def import_time() -> Table:

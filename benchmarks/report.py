@@ -22,7 +22,7 @@ import compat
 import options
 import performance_tables
 import runs
-from peers import verdict
+from peers import conditions, verdict
 
 from resblocks import DenseNet, ResNet
 from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION
@@ -92,8 +92,7 @@ def dense_time_table() -> str:
     for case in result["time"]:
         for name, found in case["rows"].items():
             ratios = [f"{found[key]:.2f}" for key in ("ratio_min", "ratio_median", "ratio_max")]
-            setting = f"batch {case['batch']}, {case['dtype']}, {case['layout']}"
-            rows.append([f"`{case['net']}`", setting, name, *ratios, str(len(found["cpu_seconds"]))])
+            rows.append([f"`{case['net']}`", conditions(case, "layout"), name, *ratios, str(len(found["cpu_seconds"]))])
     return table(["net", "setting", "training step of", "min", "median", "max", "rounds"], rows, "lllrrrr")
 
 
@@ -105,14 +104,14 @@ def inference_table() -> str:
         for name, found in case["rows"].items():
             ratios = [f"{found[f'speedup_{what}']:.2f}" for what in ("min", "median", "max")]
             error = f"{found['error']:.0e}" if found["error"] else "0"
-            said = [f"`{case['net']}`", str(case["batch"]), name, *ratios, str(len(found["seconds"]))]
+            said = [f"`{case['net']}`", conditions(case), name, *ratios, str(len(found["seconds"]))]
             rows.append([*said, error if found["right"] else f"{error}, wrong"])
         environment = case["environment"]
         versions = ", ".join(f"{key} {environment['versions'][key]}" for key in ("torch", "torchvision"))
         made.append(f"{environment['device']}, {versions}, commit {environment['commit'][:9]}")
-    header = ["net", "batch", "contestant", "min", "median", "max", "rounds", "error"]
+    header = ["net", "setting", "contestant", "min", "median", "max", "rounds", "error"]
     said = f"\n{'; '.join(dict.fromkeys(made))}; every round: `{path.relative_to(ROOT).as_posix()}`.\n"
-    return table(header, rows, "lrlrrrrr") + said
+    return table(header, rows, "lllrrrrr") + said
 
 
 def made(parts: Callable[[], performance_tables.Table]) -> str:

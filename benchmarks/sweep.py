@@ -3,6 +3,7 @@
     python benchmarks/sweep.py --list
     python benchmarks/sweep.py degradation-cpu --data-dir data/cifar10-jpeg
     torchrun --nproc-per-node 2 benchmarks/sweep.py paper recipes
+    python benchmarks/sweep.py paper --only 'resnet18_noskip*'       # one machine's part
 
 A finished run is a file in benchmarks/results/runs/PROGRAMME/, and is not run again, on any machine. An unfinished one
 goes on from its checkpoint in --work. A run that diverges is written down with its error, and the next one starts.
@@ -16,6 +17,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,12 +137,14 @@ def is_finished(file: Path, cell: Cell, dataset: Dataset) -> bool:
     return True
 
 
-def unfinished(programmes: list[str], datasets: dict[str, Dataset], results: Path) -> Iterator[tuple[Cell, Path]]:
+def unfinished(
+    programmes: list[str], only: str, datasets: dict[str, Dataset], results: Path
+) -> Iterator[tuple[Cell, Path]]:
     """The cells that are to be run, each with the file that it will write."""
     for programme in programmes:
         for cell in PROGRAMMES[programme]:
             file = results / programme / f"{cell.name}.json"
-            if not is_finished(file, cell, datasets[cell.dataset]):
+            if fnmatch(cell.name, only) and not is_finished(file, cell, datasets[cell.dataset]):
                 yield cell, file
 
 
@@ -148,6 +152,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("programmes", nargs="*", metavar="PROGRAMME", help=f"of {', '.join(PROGRAMMES)}")
     parser.add_argument("--list", action="store_true", help="print the runs of each programme and end")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="of the names of runs, as --list prints them")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of the CIFAR images (default: data)")
     parser.add_argument("--results", type=Path, default=RUNS, help="folder of the JSON files")
     parser.add_argument("--work", type=Path, default=Path("runs/sweep"), help="folder of the checkpoints")
@@ -160,6 +165,9 @@ def parse_options() -> argparse.Namespace:
         parser.error(f"PROGRAMME must be of {', '.join(PROGRAMMES)}, got {', '.join(unknown)}")
     if not options.programmes and not options.list:
         parser.error("PROGRAMME is missing; --list shows them")
+    names = [cell.name for programme in options.programmes or PROGRAMMES for cell in PROGRAMMES[programme]]
+    if not any(fnmatch(name, options.only) for name in names):
+        parser.error(f"--only must match the name of a run of the programmes, got {options.only!r}; --list shows them")
     return options
 
 
@@ -167,12 +175,13 @@ def main() -> int:
     options = parse_options()
     if options.list:
         for programme in options.programmes or PROGRAMMES:
-            print(programme, *(f"  {cell.name}" for cell in PROGRAMMES[programme]), sep="\n")
+            names = [cell.name for cell in PROGRAMMES[programme] if fnmatch(cell.name, options.only)]
+            print(programme, *(f"  {name}" for name in names), sep="\n")
         return 0
     ranks = Ranks.from_env()
     needed = sorted({cell.dataset for name in options.programmes for cell in PROGRAMMES[name]})
     datasets = {name: ranks.first_then_all(partial(load_dataset, name, options.data_dir)) for name in needed}
-    left = list(unfinished(options.programmes, datasets, options.results))
+    left = list(unfinished(options.programmes, options.only, datasets, options.results))
     with torch.device("meta"):
         for cell, _ in left:  # a name that is wrong is found before hours of training
             build_net(cell.model, datasets[cell.dataset])

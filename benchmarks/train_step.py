@@ -24,14 +24,13 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from live_bytes import LiveBytes, check_the_counter, peak_of_step
-from peers import data, is_installed, made_with, same_weights
+from peers import data, is_installed, made_with, merged, same_weights, timed_dtype
 from torch import Tensor, nn
 from torch.nn import functional
 from turns import spread, take_turns
 
 from resblocks import create_model, interop
 from resblocks.models import wide_resnet
-from resblocks.training.device import has_fast_bfloat16
 from resblocks.training.files import write_json
 from resblocks.training.small_maps import _Product, small_map_products
 
@@ -356,9 +355,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     torch.set_num_threads(1)
-    dtype = getattr(torch, options.dtype)
-    if dtype == torch.bfloat16 and not has_fast_bfloat16(torch.device("cpu")):
-        raise SystemExit("dtype must be float32: this processor emulates bfloat16, whose times say nothing")
+    dtype = timed_dtype(options.dtype)
     if options.check:
         check(options.out)
         return
@@ -385,17 +382,11 @@ def keep(part: str, found: Any, path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"environment": {}}
     made = made_with()
     if isinstance(found, list):
-        found = [{**row, "environment": made} for row in found]
-        new = {setting(row) for row in found}
-        found = [row for row in result.get(part, []) if setting(row) not in new] + found
+        found = merged(result.get(part, []), [{**case, "environment": made} for case in found])
     else:
         result["environment"][part] = made
     write_json(path, {**result, part: found})
     print(json.dumps({part: found}, indent=1), flush=True)
-
-
-def setting(row: dict[str, Any]) -> str:
-    return json.dumps({key: value for key, value in row.items() if key not in ("rows", "environment")})
 
 
 def show_memory(found: dict[str, Any]) -> None:

@@ -52,6 +52,20 @@ def test_sweep_writes_one_file_a_run_and_runs_it_once(
     assert "0 runs done" in capsys.readouterr().out
 
 
+def test_only_picks_runs_by_name_and_refuses_a_pattern_without_any(
+    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(sweep, monkeypatch, tmp_path, "tiny", "--list", "--only", "*noskip*") == 0
+    assert capsys.readouterr().out.split() == ["tiny", "resnet20_noskip_digits_epochs-1_seed-0"]
+    assert run(sweep, monkeypatch, tmp_path, "tiny", "--only", "*noskip*") == 0
+    assert [file.stem for file in (tmp_path / "results" / "tiny").iterdir()] == [
+        "resnet20_noskip_digits_epochs-1_seed-0"
+    ]
+    with pytest.raises(SystemExit):
+        run(sweep, monkeypatch, tmp_path, "tiny", "--only", "*wrong*")
+    assert "--only must match the name of a run of the programmes, got '*wrong*'" in capsys.readouterr().err
+
+
 def test_sweep_refuses_a_file_of_other_settings(
     sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

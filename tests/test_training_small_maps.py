@@ -79,21 +79,27 @@ def test_everywhere_else_it_is_the_convolution(
     torch.testing.assert_close(conv(x), nn.Conv2d.forward(conv, x), rtol=0, atol=0)
 
 
-def test_rule_takes_the_weight_gradient_in_float32_and_all_in_fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tiles", "calls_of_convolve"), [(False, []), (True, [torch.bfloat16])])
+def test_rule_takes_the_weight_gradient_and_all_in_bfloat16_where_the_processor_has_tiles(
+    tiles: bool, calls_of_convolve: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[torch.dtype] = []
+    monkeypatch.setattr(small_maps, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(small_maps, "has_matrix_tiles", lambda: tiles)
+    monkeypatch.setattr(small_maps, "_convolve", lambda x, *args: calls.append(x.dtype) or x)
     conv = SmallMapConv2d(256, 256, 3, padding=1, bias=False)
     x = torch.randn(1, 256, 4, 4)
     assert uses_product(conv, x)
     torch.testing.assert_close(conv(x), nn.Conv2d.forward(conv, x), rtol=0, atol=0)
-    calls = []
-    monkeypatch.setattr(small_maps, "has_fast_bfloat16", lambda device: True)
-    monkeypatch.setattr(small_maps, "_convolve", lambda x, *args: calls.append(x.dtype) or x)
     with torch.autocast("cpu", torch.bfloat16):
-        conv(x)
-    assert calls == [torch.bfloat16]
+        assert uses_product(conv, x)
+    assert calls == calls_of_convolve
 
 
-def test_autocast_gives_gradients_in_the_dtype_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tiles", [False, True])
+def test_autocast_gives_gradients_in_the_dtype_of_the_weights(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_maps, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(small_maps, "has_matrix_tiles", lambda: tiles)
     conv = SmallMapConv2d(256, 256, 3, padding=1, bias=False)
     x = torch.randn(2, 256, 2, 2, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):

@@ -46,10 +46,18 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type != "cpu":
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):  # oneDNN reports support for AVX512 alone, which emulates
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+        return _processor_has("avx512_bf16") or has_matrix_tiles()
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     return bool(supported())
+
+
+def has_matrix_tiles() -> bool:
+    """True where the processor multiplies small matrices at once (AMX): products then run far ahead of convolutions."""
+    return _processor_has("amx_tile")
+
+
+def _processor_has(feature: str) -> bool:
+    return bool(getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)())
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:

@@ -2,8 +2,8 @@
 
 A map of 4x4 positions leaves a convolution little to slide over. The product of the windows with the kernel,
 `(N * H * W, 9 * C) @ (9 * C, D)`, is the same sum and runs at the speed of a matrix product. Which passes it pays for
-was measured (`benchmarks/train_step.py --only small_maps`; docs/performance.md): in float32 the gradient of the weight,
-in bfloat16, where the hardware multiplies in it, all three.
+was measured (`benchmarks/train_step.py --only small_maps`; docs/performance.md): the gradient of the weight; all three
+in bfloat16 on a processor with matrix tiles.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional
 from resblocks.layers import layout_of
 from resblocks.watched import is_traced
 
-from .device import has_fast_bfloat16
+from .device import has_fast_bfloat16, has_matrix_tiles
 
 aten = torch.ops.aten
 
@@ -47,9 +47,9 @@ class SmallMapConv2d(nn.Conv2d):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if dtype not in (torch.float32, torch.float64, torch.bfloat16) or self.weight.dtype != x.dtype:
             return super().forward(x)
-        everything = dtype == torch.bfloat16
-        if everything and not has_fast_bfloat16(x.device):
+        if dtype == torch.bfloat16 and not has_fast_bfloat16(x.device):
             return super().forward(x)
+        everything = dtype == torch.bfloat16 and has_matrix_tiles()
         out: Tensor = _Product.apply(x.to(dtype), self.weight.to(dtype), self.stride[0], everything)
         return out
 
