@@ -160,6 +160,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile the nets")
     parser.add_argument("--compile-mode", choices=COMPILE_MODES, default="default")
+    parser.add_argument("--graph", action="store_true", help="replay each step as one CUDA graph, on one GPU")
     options = parser.parse_args()
     if unknown := sorted(set(options.programmes) - set(PROGRAMMES)):
         parser.error(f"PROGRAMME must be of {', '.join(PROGRAMMES)}, got {', '.join(unknown)}")
@@ -185,7 +186,7 @@ def main() -> int:
     with torch.device("meta"):
         for cell, _ in left:  # a name that is wrong is found before hours of training
             build_net(cell.model, datasets[cell.dataset])
-    how = {name: getattr(options, name) for name in ("device", "precision", "compile", "compile_mode")}
+    how = {name: getattr(options, name) for name in ("device", "precision", "compile", "compile_mode", "graph")}
     fine = []
     for cell, file in left:
         fine.append(run_cell(cell, datasets[cell.dataset], file, options.work / file.parent.name, ranks, how))

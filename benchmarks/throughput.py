@@ -1,12 +1,12 @@
 """Images a second of CIFAR ResNet-18 training: ours, torchvision's and timm's, eager and compiled, whole steps.
 
-    python benchmarks/throughput.py --batch 128 512 1024 --compile default reduce-overhead    # on a GPU
-    python benchmarks/throughput.py --batch 32 --rounds 3                                     # on a CPU
+    python benchmarks/throughput.py --compile default reduce-overhead --graph --out throughput.json    # on a GPU
+    python benchmarks/throughput.py --batch 32 --rounds 3 --out throughput.json                        # on a CPU
 
 A step is forward, loss, backward and a fused SGD update on images that lie on the device, in channels_last, under
-bfloat16 autocast where the hardware has it. `reduce-overhead` replays forward and backward as CUDA graphs. All
-contestants start from the same weights and take turns in one process; "harness" is a step of `resblocks.training` with
-its augmentation and its check for infinite losses, too.
+bfloat16 autocast where the hardware has it. `reduce-overhead` replays forward and backward as CUDA graphs, "graph"
+the whole step as one. All contestants start from the same weights and take turns in one process; "harness" is a step
+of `resblocks.training` with its augmentation and its check for infinite losses, too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,23 @@ IMAGES = 2048  # of random pixels: their content does not change the time
 
 
 def contestants(
-    batch: int, modes: list[str], device: torch.device, dtype: torch.dtype
+    batch: int, modes: list[str], graph: bool, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], None]]:
     """A function for each contestant that trains for one step."""
     nets = {
         name: net.to(device, memory_format=torch.channels_last) for name, net in build("resnet18_cifar", NETS).items()
     }
     found = {name: plain_step(net, net, batch, device, dtype) for name, net in nets.items()}
-    found["resblocks harness"] = harness_step(copy.deepcopy(nets["resblocks"]), batch, device, dtype, None)
+    harness = partial(harness_step, batch=batch, device=device, dtype=dtype)
+    found["resblocks harness"] = harness(copy.deepcopy(nets["resblocks"]))
+    if graph:
+        found["resblocks harness graph"] = harness(copy.deepcopy(nets["resblocks"]), graph=True)
+        found["resblocks harness default graph"] = harness(copy.deepcopy(nets["resblocks"]), mode="default", graph=True)
     for mode in modes:
         for name in ("torchvision", "resblocks"):
             net = copy.deepcopy(nets[name])
             found[f"{name} {mode}"] = plain_step(net, torch.compile(net, mode=mode), batch, device, dtype)
-        net = copy.deepcopy(nets["resblocks"])
-        found[f"resblocks harness {mode}"] = harness_step(net, batch, device, dtype, mode)
+        found[f"resblocks harness {mode}"] = harness(copy.deepcopy(nets["resblocks"]), mode=mode)
     return found
 
 
@@ -71,20 +75,26 @@ def plain_step(
 
 
 def harness_step(
-    net: nn.Module, batch: int, device: torch.device, dtype: torch.dtype, mode: str | None
+    net: nn.Module,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    mode: str | None = None,
+    graph: bool = False,
 ) -> Callable[[], None]:
     """A step of our training loop, augmentation and all."""
     images = torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8)
     labels = torch.arange(IMAGES) % 10
     dataset = Dataset("noise", tuple("0123456789"), images, labels, images[:10], labels[:10])
     recipe = get_recipe("r26", batch_size=batch, lr=1e-3)
-    loop = Loop(
-        net, dataset, recipe, 0, device, dtype, Ranks(), compile=mode is not None, compile_mode=mode or "default"
-    )
+    how = {"compile": mode is not None, "compile_mode": mode or "default", "graph": graph}
+    loop = Loop(net, dataset, recipe, 0, device, dtype, Ranks(), **how)
     return lambda: loop.train_step(0)
 
 
-def measure(batch: int, rounds: int, steps: int, modes: list[str], device: torch.device, dtype: torch.dtype) -> Any:
+def measure(
+    batch: int, rounds: int, steps: int, modes: list[str], graph: bool, device: torch.device, dtype: torch.dtype
+) -> Any:
     """Images a second of each contestant in each round of so many steps, and how many times torchvision's of it."""
 
     def repeated(step: Callable[[], None]) -> Callable[[], None]:
@@ -96,7 +106,7 @@ def measure(batch: int, rounds: int, steps: int, modes: list[str], device: torch
 
         return run
 
-    found = {name: repeated(step) for name, step in contestants(batch, modes, device, dtype).items()}
+    found = {name: repeated(step) for name, step in contestants(batch, modes, graph, device, dtype).items()}
     take_turns(found, 2, time.perf_counter)  # compiling and choosing algorithms
     seconds = take_turns(found, rounds, time.perf_counter)
     base = seconds["torchvision"]
@@ -114,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 512, 1024])
     parser.add_argument("--compile", nargs="*", default=[], choices=("default", "reduce-overhead", "max-autotune"))
+    parser.add_argument("--graph", action="store_true", help="also the harness with whole steps as CUDA graphs")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, help="a round (default: 20 on a GPU, 1 on a CPU)")
     parser.add_argument("--device", default="auto")
@@ -126,7 +137,7 @@ def main() -> None:
     steps = options.steps or (20 if device.type == "cuda" else 1)
     cases = []
     for batch in options.batch:
-        cases.append(measure(batch, options.rounds, steps, options.compile, device, dtype))
+        cases.append(measure(batch, options.rounds, steps, options.compile, options.graph, device, dtype))
         write_json(
             options.out, {"environment": environment(device), "throughput": cases}
         )  # after each: runs may be cut

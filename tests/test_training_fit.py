@@ -191,7 +191,8 @@ def test_other_errors_come_through_as_they_are(tmp_path: Path) -> None:
 def test_meter_remembers_the_first_bad_step() -> None:
     meter = Meter(torch.device("cpu"))
     for step, loss in enumerate([1.0, float("nan"), 2.0, float("inf")]):
-        meter.note_loss(torch.tensor(loss), step)
+        meter.step.fill_(step)
+        meter.note_loss(torch.tensor(loss))
     assert meter.peek()[3] == 1
     meter.reset()
     assert meter.read()[3] == 1

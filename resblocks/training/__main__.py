@@ -33,6 +33,7 @@ class Config:
     precision: str = "auto"
     compile: bool = False
     compile_mode: str = "default"
+    graph: bool = False
     channels_last: bool = True
     small_maps: bool = False
     deterministic: bool = False
@@ -57,6 +58,7 @@ HELP = {
     "precision": "auto: bfloat16 where the hardware has it",
     "compile": "torch.compile the nets",
     "compile_mode": "with --compile: reduce-overhead replays forward and backward as CUDA graphs",
+    "graph": "replay each step as one CUDA graph, on one GPU",
     "channels_last": "memory format of weights and images",
     "small_maps": "3x3 convolutions with small output maps as matrix products, on the CPU",
     "deterministic": "deterministic convolutions on CUDA, slower",
@@ -155,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "precision",
         "compile",
         "compile_mode",
+        "graph",
         "channels_last",
         "small_maps",
         "deterministic",

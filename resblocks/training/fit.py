@@ -47,6 +47,7 @@ def fit(
     precision: str = "auto",
     compile: bool = False,
     compile_mode: str = "default",
+    graph: bool = False,
     channels_last: bool = True,
     small_maps: bool = False,
     deterministic: bool = False,
@@ -70,6 +71,7 @@ def fit(
         small_maps: on the CPU run 3x3 convolutions with small output maps as matrix products where that was measured to
             be faster; equal up to rounding, see `resblocks.training.small_maps`.
         compile_mode: of torch.compile: default, reduce-overhead (CUDA graphs of forward and backward), max-autotune.
+        graph: on one GPU replay each step as one CUDA graph, with or without `compile`; equal up to rounding.
         deterministic: on CUDA choose deterministic convolutions, slower; the CPU's always are.
         gradients: record the gradient by layer at the start and after each epoch; it does not change the training.
         checkpoint_steps: also after so many steps (0: only by time). checkpoint_seconds: also after so much time.
@@ -120,6 +122,7 @@ def fit(
             compile=compile,
             compile_mode=compile_mode,
             channels_last=channels_last,
+            graph=graph,
         )
         params = sum(weight.numel() for weight in net.parameters())
         result = Result(name, params, settings, environment(picked, ranks.size))

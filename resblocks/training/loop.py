@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .augment import augment, derive_seed, draw, normalise
 from .data import Dataset
+from .graph import GraphedStep, check_graph
 from .meter import Meter
 from .ranks import Ranks
 from .recipe import Recipe
@@ -40,6 +41,7 @@ class Loop:
         compile: bool = False,
         compile_mode: str = "default",
         channels_last: bool = True,
+        graph: bool = False,
     ) -> None:
         images = len(dataset.train_images)
         if recipe.batch_size > images:
@@ -59,6 +61,8 @@ class Loop:
 
         self.net = net.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.replays = compile and compile_mode != "default"  # CUDA graphs, whose results the next replay writes over
+        if graph:
+            check_graph(device, ranks.size, self.replays)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(net, mode=compile_mode) if compile else net
         self.model: Callable[[Tensor], Tensor] = self.forward
         if ranks.on:
@@ -73,6 +77,7 @@ class Loop:
             fused=True,  # faster, and it can be told on the device to leave the weights alone
         )
         self.meter = Meter(device)
+        self.graphed = GraphedStep(self.update, self._changing) if graph else None
 
     def order(self, epoch: int) -> Tensor:
         """The order of the training images in an epoch, counted from 0: the same on any number of ranks."""
@@ -92,15 +97,23 @@ class Loop:
         return images.contiguous(memory_format=self.memory_format), self.labels[rows]
 
     def train_step(self, step: int) -> None:
-        """One update. Where the loss of any rank is not finite, this step and all later ones change no weight.
-
-        The decision falls on the device (the fused optimizer skips where `found_inf` is 1), so the host need not wait.
-        """
+        """One update. Where the loss of any rank is not finite, this step and all later ones change no weight."""
         self.reseed(derive_seed("step", self.seed, step, self.ranks.rank))  # dropout, stochastic depth
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr_at(step, self.total_steps)
         self.net.train()
-        images, labels = self.batch(step)
+        lr = self.recipe.lr_at(step, self.total_steps)
+        self.meter.step.fill_(step)
+        if self.graphed is None:
+            self.update(*self.batch(step), lr)
+        else:
+            self.graphed(*self.batch(step), torch.full((), lr, device=self.device))
+            self._set_lr(lr)  # the graph reads its own; checkpoints are to hold plain numbers
+
+    def update(self, images: Tensor, labels: Tensor, lr: float | Tensor) -> None:
+        """The part of a step that a graph can hold: nothing here asks the device for a value.
+
+        The fused optimizer skips where `found_inf` is 1, so the host need not know whether the loss is finite.
+        """
+        self._set_lr(lr)
         if self.replays:
             torch.compiler.cudagraph_mark_step_begin()
         with self.autocast():
@@ -109,11 +122,21 @@ class Loop:
         loss.backward()
         if self.recipe.clip_norm > 0:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_norm)
-        first_bad = self.ranks.min_(self.meter.note_loss(loss.detach(), step))
+        first_bad = self.ranks.min_(self.meter.note_loss(loss.detach()))
         self.optimizer.found_inf = torch.isfinite(first_bad).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.meter.add(loss.detach(), logits.detach(), labels)
+
+    def _set_lr(self, lr: float | Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _changing(self) -> list[Tensor]:
+        """What a step changes."""
+        momenta = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.net.parameters(), *self.net.buffers(), *momenta, self.meter.values]
+        return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
 
     @torch.no_grad()
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[float, float] | None:
@@ -181,5 +204,7 @@ class Loop:
     def load(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.graphed is not None:  # a graph would go on with the buffers that the optimizer had before
+            self.graphed = GraphedStep(self.update, self._changing)
         if self.ranks.is_first:  # else they would be counted once per rank
             self.meter.values[:3] = state["sums"].to(self.device)

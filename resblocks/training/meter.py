@@ -17,15 +17,16 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.values = torch.zeros(4, dtype=torch.float64, device=device)
         self.values[3] = math.inf
+        self.step = torch.zeros((), dtype=torch.float64, device=device)  # the one under way
         self._lagging = device.type == "cuda"
         if self._lagging:
             self._host = torch.empty(4, dtype=torch.float64, pin_memory=True)
             self._arrived = torch.cuda.Event()
             self._seen, self._underway = (0.0, 0.0, 0.0, math.inf), False
 
-    def note_loss(self, loss: Tensor, step: int) -> Tensor:
-        """Remember `step` if its loss is the first that is not finite; returns that memory, a view of (1,)."""
-        bad = torch.where(torch.isfinite(loss), math.inf, float(step))
+    def note_loss(self, loss: Tensor) -> Tensor:
+        """Remember the step if its loss is the first that is not finite; returns that memory, a view of (1,)."""
+        bad = torch.where(torch.isfinite(loss), math.inf, self.step)
         first = self.values[3:]
         torch.minimum(first, bad, out=first)
         return first

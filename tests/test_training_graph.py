@@ -1,0 +1,131 @@
+"""A step as one CUDA graph. Without a GPU a "graph" is the recorded function itself, called again at each replay."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from training_workers import tiny_dataset, tiny_fit, tiny_net
+
+from resblocks.training import Ranks, Recipe
+from resblocks.training import graph as graphs
+from resblocks.training.graph import GraphedStep, check_graph
+from resblocks.training.loop import Loop
+
+RECIPE = Recipe(epochs=2, batch_size=20, lr=0.1, crop=1, clip_norm=0.5)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def functions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Functions in place of graphs; gives what was asked of CUDA, in order."""
+    asked: list[str] = []
+
+    def capture(work: object) -> object:
+        asked.append("capture")
+        return work
+
+    def run_aside(work: object, times: int) -> None:
+        asked.append("warm up")
+        for _ in range(times):
+            work()
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "run_aside", run_aside)
+    monkeypatch.setattr("resblocks.training.loop.check_graph", lambda *args: None)
+    return asked
+
+
+def loop(graph: bool, device: torch.device = CPU) -> Loop:
+    return Loop(tiny_net(), tiny_dataset(), RECIPE, 0, device, torch.float32, Ranks(), graph=graph)
+
+
+def tensors(loop: Loop) -> list[Tensor]:
+    momenta = [state["momentum_buffer"] for state in loop.optimizer.state.values()]
+    return [*loop.net.state_dict().values(), *momenta, loop.meter.values]
+
+
+def same(ours: Loop, theirs: Loop, tolerance: float = 1e-6) -> None:
+    for one, other in zip(tensors(ours), tensors(theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_replayed_steps_equal_eager_ones(functions: list[str]) -> None:
+    ours, theirs = loop(graph=True), loop(graph=False)
+    for step in range(5):
+        ours.train_step(step)
+        theirs.train_step(step)
+        same(ours, theirs)
+    assert functions == ["warm up", "capture"]  # once
+    assert [group["lr"] for group in ours.state()["optimizer"]["param_groups"]] == [RECIPE.lr_at(4, ours.total_steps)]
+
+
+def test_loaded_state_is_what_the_next_replay_goes_on_from(functions: list[str]) -> None:
+    ours, theirs = loop(graph=True), loop(graph=False)
+    for step in range(4):
+        theirs.train_step(step)
+    for step in (0, 1):
+        ours.train_step(step)
+    state = copy.deepcopy(ours.state())
+    ours.train_step(7)  # is to leave no trace
+    ours.load(state)
+    for step in (2, 3):
+        ours.train_step(step)
+    same(ours, theirs)
+
+
+def test_warm_up_leaves_no_trace(functions: list[str]) -> None:
+    total, made = torch.ones(3), []
+
+    def add(x: Tensor) -> None:
+        if not made:
+            made.append(torch.zeros(3))
+        noise = 0 * torch.rand(3)
+        for tensor in (total, *made):
+            tensor.add_(x + noise)
+
+    step = GraphedStep(add, lambda: [total, *made])
+    torch.manual_seed(0)
+    step(torch.full((3,), 2.0))
+    torch.testing.assert_close(total, torch.full((3,), 3.0))
+    torch.testing.assert_close(made[0], torch.full((3,), 2.0))
+    after = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    torch.rand(3)  # of the one step that counts
+    assert torch.equal(torch.random.get_rng_state(), after)
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "replays", "said"),
+    [
+        ("cpu", 1, False, "graph must be False away from a CUDA device, got device cpu"),
+        ("cuda", 2, False, "graph must be False with more than one process, got 2"),
+        ("cuda", 1, True, "graph must be False with a compile_mode other than default"),
+    ],
+)
+def test_graph_is_refused_where_it_cannot_be(device: str, processes: int, replays: bool, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_graph(torch.device(device), processes, replays)
+
+
+def test_fit_refuses_a_graph_on_the_cpu(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="graph must be False away from a CUDA device"):
+        tiny_fit(tmp_path / "run", graph=True, device="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("net_compiled", [False, True])
+def test_graph_on_a_gpu_equals_eager_and_never_waits(net_compiled: bool) -> None:
+    device = torch.device("cuda", 0)
+    theirs = loop(False, device)
+    ours = Loop(tiny_net(), tiny_dataset(), RECIPE, 0, device, torch.float32, Ranks(), compile=net_compiled, graph=True)
+    for step in range(6):
+        if step % ours.steps_per_epoch:  # the order of an epoch comes from the host
+            torch.cuda.set_sync_debug_mode("error")
+        ours.train_step(step)
+        torch.cuda.set_sync_debug_mode("default")
+        theirs.train_step(step)
+    same(ours, theirs, 1e-3 if net_compiled else 1e-5)
