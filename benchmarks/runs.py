@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from scipy import stats
 
-from resblocks.training import Result, draw_figures
+from resblocks.training import Result, draw_figures, get_recipe
 from resblocks.training.experiment import title
 from resblocks.training.figures import draw_depths
 from resblocks.training.files import write_atomic
@@ -80,9 +80,12 @@ def caption(group: list[dict[str, Any]]) -> str:
     recipe, seeds = settings["recipe"], sorted({run["settings"]["seed"] for run in group})
     commits = sorted({str(run["environment"]["commit"])[:9] for run in group})
     tta = "no test-time augmentation" if recipe["tta"] == "none" else f"test-time augmentation: {recipe['tta']}"
+    usual = get_recipe(recipe["name"]).as_dict()
+    said = ("name", "epochs", "batch_size", "tta")
+    changed = [f"{name} {value}, " for name, value in recipe.items() if name not in said and value != usual[name]]
     return (
         f"{settings['dataset']['name']}, {settings['dataset']['split']} set, recipe `{recipe['name']}` with "
-        f"{recipe['epochs']} epochs of batch {recipe['batch_size']}, {tta}, {settings['precision']}, "
+        f"{recipe['epochs']} epochs of batch {recipe['batch_size']}, {''.join(changed)}{tta}, {settings['precision']}, "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, last epoch; {environment['device']}, "
         f"torch {environment['versions']['torch']}, commit {', '.join(commits)}."
     )

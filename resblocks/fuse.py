@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from resblocks.blocks import DenseBlock, Transition
 from resblocks.dense_plan import pool_commutes, window
-from resblocks.fused import Clamp, FusedConv, FusedDenseBlock, FusedResidual, affine
+from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, affine
 from resblocks.layers import DropPath, FrozenBatchNorm, avg_pool, convolution
 from resblocks.layers import _WeightStandardised as WeightStandardised
 from resblocks.residual import Add, Concat, Residual
@@ -67,6 +67,8 @@ def fuse(
         dtype = next(fused.parameters()).dtype if dtype is None else dtype
         fused = fused.float()  # fold in float32, then cast: the other order loses most of the digits
     fused = Fuser(clamps=dtype not in HALF).replace(fused)
+    if dtype not in HALF:
+        replace_norms(fused)
     if dtype is not None:
         fused = fused.to(dtype)
     for parameter in fused.parameters():
@@ -77,6 +79,22 @@ def fuse(
     if input_size is not None:
         prepack(fused, (batch_size, *input_size), torch.channels_last if last else torch.contiguous_format)
     return fused
+
+
+def replace_norms(net: nn.Module) -> None:
+    """Put an `Affine` in the place of each batch norm that is left."""
+    for parent in list(net.modules()):
+        for name, norm in parent._modules.items():
+            if is_affine(norm):
+                setattr(parent, name, Affine(norm, AFFINE_DIMS[type(norm)]))
+
+
+AFFINE_DIMS: dict[Any, int] = {nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}  # a BatchNorm1d may also read (N, C)
+
+
+def is_affine(norm: Any) -> bool:
+    """Whether it is a batch norm of kept statistics for maps, and loses nothing as scale and shift."""
+    return type(norm) in AFFINE_DIMS and norm.running_mean is not None and is_exact(norm)
 
 
 HALF = (torch.float16, torch.bfloat16)

@@ -199,6 +199,30 @@ class Clamp(Frozen):
         return str(self.lower.numel())
 
 
+class Affine(Frozen):
+    """A norm that no convolution takes in, as scale and shift of each channel.
+
+    Not a batch norm in evaluation mode, because quantisers fold one into the convolution before it, also where a
+    shortcut or a concatenation reads that convolution, too (torchao 0.18, `prepare_pt2e`).
+
+    Shape: (N, channels, ...) -> same.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: Any, dims: int) -> None:
+        super().__init__()
+        for name, value in zip(("scale", "shift"), affine(norm), strict=True):
+            self.register_buffer(name, value.view(1, -1, *[1] * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale).add_(self.shift)
+
+    def extra_repr(self) -> str:
+        return str(self.scale.numel())
+
+
 def folded(conv: _ConvNd, norm: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the convolution with the norm behind it in evaluation mode."""
     weight = conv.standardised() if isinstance(conv, WeightStandardised) else conv.weight

@@ -14,7 +14,7 @@ from torch import nn
 import resblocks as rb
 from resblocks import fused, winograd
 from resblocks.fuse import FusedConv, FusedDenseBlock, FusedResidual, fuse
-from resblocks.fused import Clamp
+from resblocks.fused import Affine, Clamp
 from tests.blocks import count, image
 
 NETS = {
@@ -270,10 +270,22 @@ def test_dense_blocks_write_into_one_buffer():
     fast, x = fuse(trained("densenet_bc_100_12")), image(3, 16, batch=2)
     assert count(fast, FusedDenseBlock) == 3
     assert count(fast, Clamp) == 48 + 2  # before each 1x1 convolution, of layers and transitions
-    assert count(fast, nn.BatchNorm2d) == 1  # the last, before the pool
+    assert (count(fast, Affine), count(fast, nn.BatchNorm2d)) == (1, 0)  # the last, before the pool
     with torch.profiler.profile() as profile, torch.no_grad():
         fast(x)
     assert "aten::cat" not in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("block", [rb.PreActBasicBlock, rb.WideBlock])
+def test_no_batch_norm_is_left_that_a_quantiser_could_fold_wrongly(block, dims):
+    net = scattered(rb.ResNet(block, (1, 1), (8, 16), stem="cifar", stem_width=8, num_classes=3, dims=dims).eval())
+    fast, x = fuse(net), image(3, 8, dims, batch=2)
+    assert (count(fast, nn.BatchNorm2d), count(fast, nn.BatchNorm3d)) == (0, 0)
+    assert (count(fast, Affine) > 0) is (dims > 1)  # a BatchNorm1d may also read (N, C)
+    with torch.no_grad():
+        assert relative_error(fast(x), net(x)) < 1e-5
+        assert relative_error(torch.export.export(fast, (x,)).module()(x), net(x)) < 1e-5
 
 
 def test_norm_whose_digits_would_cancel_is_not_taken_apart():
@@ -341,13 +353,14 @@ def benchmark(monkeypatch):
 
 def test_benchmark_compares_nets_of_one_output(benchmark):
     pytest.importorskip("timm")
-    case = benchmark["measure"]("resnet18", 1, 224, 1, torch.get_num_threads(), False)
+    case = benchmark["measure"]("resnet18", 1, 224, torch.float32, 1, torch.get_num_threads(), False)
     assert {"torchvision", "timm", "resblocks fused, prepacked"} <= set(case["rows"])
     assert all(row["right"] and len(row["seconds"]) == 1 for row in case["rows"].values())
 
 
 def test_benchmark_keeps_one_case_of_a_setting(benchmark, tmp_path):
-    case = {"net": "resnet50", "batch": 1, "size": 224, "threads": 1}
+    case = {"net": "resnet50", "batch": 1, "size": 224, "threads": 1, "dtype": "float32"}
+    case["environment"] = {"device": "cpu (x86_64, AVX2, 2 cores)"}
     for new in ({**case, "rows": 1}, {**case, "net": "resnet18"}, {**case, "rows": 2}):
         benchmark["keep"](new, tmp_path / "file.json")
     kept = json.loads((tmp_path / "file.json").read_text())["cases"]

@@ -20,6 +20,8 @@ def snippets(page: str) -> str:
     return "\n".join(SNIPPET.findall((ROOT / page).read_text(encoding="utf-8")))
 
 
+@pytest.mark.filterwarnings("ignore:::torchao")  # which says of each layer why it stays in float
+@pytest.mark.filterwarnings("ignore:::torch.utils._pytree")
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
 def test_snippets_run_and_print_what_they_say(page: str) -> None:
     code = snippets(page)
