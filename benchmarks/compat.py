@@ -429,7 +429,8 @@ def run(name: str, check: str) -> dict[str, Any]:
         said = "pass"
     except Exception as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    return {"outcome": said, "seconds": round(time.perf_counter() - start, 1), "commit": commit()}
+    seconds = round(time.perf_counter() - start, 1)
+    return {"outcome": said, "seconds": seconds, "commit": commit(), "torch": torch.__version__}
 
 
 def main() -> None:

@@ -156,7 +156,10 @@ def compat_table() -> str:
                 outcome = "no"
             cells.append(outcome)
         rows.append([net if net in compat.SMALL else f"`{net}`", *cells])
-    said = "\n".join(["", *failures, ""]) if failures else ""
+    versions = sorted({cell["torch"] for row in measured.values() for cell in row.values()})
+    said = "\n".join(
+        ["", *failures, "", f"With torch {' and '.join(versions)}; the results file says which where.", ""]
+    )
     return table(["net", *checks], rows, "l" * (1 + len(checks))) + said
 
 
