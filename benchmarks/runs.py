@@ -142,8 +142,14 @@ def drawn(programme: str) -> list[str]:
     finished = [run for run in read(programme) if "failed" not in run]
     if len(groups(finished)) != 1 or len({run["name"] for run in finished}) < 2:
         return []
-    has_depths = programme.startswith("degradation") and len({depth(run["name"]) for run in finished}) > 1
+    has_depths = programme.startswith("degradation") and len(compared_depths(finished)) > 1
     return [name for name in SHOWN if name != "depths" or has_depths]
+
+
+def compared_depths(runs: list[dict[str, Any]]) -> set[int]:
+    """The depths with runs of both kinds: the curve of one kind alone says nothing."""
+    plain = {depth(run["name"]) for run in runs if run["name"].endswith("_noskip")}
+    return plain & {depth(run["name"]) for run in runs if not run["name"].endswith("_noskip")}
 
 
 def depth(name: str) -> int:
