@@ -307,10 +307,9 @@ def main() -> None:
     }
     result = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     for part in args.only or parts:
-        made = made_with()
-        result |= parts[part]()
         if part != "time":  # whose cases say it themselves
-            result.setdefault("environment", {})[part] = made
+            result.setdefault("environment", {})[part] = made_with()
+        result |= parts[part]()
         write_json(args.out, result)
         print(json.dumps({part: result.get(part)}, indent=1), flush=True)
     if "depth" in result:

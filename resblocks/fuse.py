@@ -82,19 +82,11 @@ def fuse(
 
 
 def replace_norms(net: nn.Module) -> None:
-    """Put an `Affine` in the place of each batch norm that is left."""
+    """Put an `Affine` in the place of each norm of kept statistics that is left."""
     for parent in list(net.modules()):
         for name, norm in parent._modules.items():
-            if is_affine(norm):
-                setattr(parent, name, Affine(norm, AFFINE_DIMS[type(norm)]))
-
-
-AFFINE_DIMS: dict[Any, int] = {nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}  # a BatchNorm1d may also read (N, C)
-
-
-def is_affine(norm: Any) -> bool:
-    """Whether it is a batch norm of kept statistics for maps, and loses nothing as scale and shift."""
-    return type(norm) in AFFINE_DIMS and norm.running_mean is not None and is_exact(norm)
+            if keeps_statistics(norm) and is_exact(norm):
+                setattr(parent, name, Affine(norm))
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -201,11 +193,13 @@ def is_fusible(layer: Any) -> bool:
 
 def is_foldable(norm: Any, channels: int) -> bool:
     """Whether it normalises so many channels by statistics that are kept."""
-    if isinstance(norm, FrozenBatchNorm):
-        return True
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
-        return False
-    return norm.running_mean.numel() == channels
+    return keeps_statistics(norm) and norm.running_mean.numel() == channels
+
+
+def keeps_statistics(norm: Any) -> bool:
+    """Whether it is a batch norm that is an affine in evaluation mode."""
+    batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm | FrozenBatchNorm)
+    return batch_norm and norm.running_mean is not None
 
 
 def clamped_sequence(sequence: nn.Sequential) -> nn.Sequential:

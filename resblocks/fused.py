@@ -211,13 +211,13 @@ class Affine(Frozen):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, norm: Any, dims: int) -> None:
+    def __init__(self, norm: Any) -> None:
         super().__init__()
         for name, value in zip(("scale", "shift"), affine(norm), strict=True):
-            self.register_buffer(name, value.view(1, -1, *[1] * dims))
+            self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x * self.scale).add_(self.shift)
+        return (x.movedim(1, -1) * self.scale).add_(self.shift).movedim(-1, 1)
 
     def extra_repr(self) -> str:
         return str(self.scale.numel())

@@ -50,7 +50,7 @@ def test_tool_gives_the_numbers_of_the_net(net: str, check: str) -> None:
         pytest.importorskip(package, exc_type=ImportError)
     if check == "compile by inductor" and not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("inductor needs a C++ compiler")
-    COMPAT["CHECKS"][check](COMPAT["settled"](COMPAT["SMALL"][net]))
+    COMPAT["CHECKS"][check](COMPAT["NETS"][net])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -59,7 +59,7 @@ def test_what_is_said_to_be_impossible_is(net: str, check: str) -> None:
     for package in NEEDS.get(check, ()):
         pytest.importorskip(package, exc_type=ImportError)
     with pytest.raises(Exception, match=r".+"):
-        COMPAT["CHECKS"][check](COMPAT["settled"](COMPAT["NETS"][net]))
+        COMPAT["CHECKS"][check](COMPAT["NETS"][net])
 
 
 def test_checks_see_a_difference() -> None:
@@ -122,3 +122,15 @@ def test_switched_net_under_ddp_needs_to_be_told(tmp_path: Path) -> None:
             untold(x)
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Wild(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(1e9 * x)
+
+
+def test_rounding_is_what_the_net_makes_of_it() -> None:
+    x = torch.ones(4, 4)
+    assert COMPAT["rounding"](torch.nn.Identity(), x) == 1e-4
+    assert COMPAT["rounding"](Wild(), x) == 0.5
+    assert 1e-3 < COMPAT["rounding"](torch.nn.Identity(), x, dtype=torch.bfloat16) < 0.1

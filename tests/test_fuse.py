@@ -281,8 +281,8 @@ def test_dense_blocks_write_into_one_buffer():
 def test_no_batch_norm_is_left_that_a_quantiser_could_fold_wrongly(block, dims):
     net = scattered(rb.ResNet(block, (1, 1), (8, 16), stem="cifar", stem_width=8, num_classes=3, dims=dims).eval())
     fast, x = fuse(net), image(3, 8, dims, batch=2)
-    assert (count(fast, nn.BatchNorm2d), count(fast, nn.BatchNorm3d)) == (0, 0)
-    assert (count(fast, Affine) > 0) is (dims > 1)  # a BatchNorm1d may also read (N, C)
+    assert not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in fast.modules())
+    assert count(fast, Affine) > 0
     with torch.no_grad():
         assert relative_error(fast(x), net(x)) < 1e-5
         assert relative_error(torch.export.export(fast, (x,)).module()(x), net(x)) < 1e-5

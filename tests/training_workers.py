@@ -58,14 +58,8 @@ def tiny_net(norm: bool = True, dropout: float = 0.3) -> nn.Module:
 
 def tiny_fit(out: Path, net: nn.Module | None = None, recipe: Recipe = RECIPE, **options: Any) -> Any:
     torch.set_num_threads(1)
-    kept = {
-        "device": "cpu",
-        "precision": "float32",
-        "progress": False,
-        "checkpoint_steps": 2,
-        "name": "tiny",
-    }  # on any processor
-    return fit(net or tiny_net(), tiny_dataset(), recipe, out=out, **{**kept, **options})
+    usual = {"device": "cpu", "precision": "float32", "progress": False, "checkpoint_steps": 2, "name": "tiny"}
+    return fit(net or tiny_net(), tiny_dataset(), recipe, out=out, **{**usual, **options})
 
 
 # Faults: each is called in the worker before training
