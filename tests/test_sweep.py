@@ -78,6 +78,20 @@ def test_sweep_refuses_a_file_of_other_settings(
         run(sweep, monkeypatch, tmp_path, "tiny")
 
 
+def test_run_from_before_an_option_existed_had_its_default(
+    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for cell in sweep["PROGRAMMES"]["tiny"]:
+        recipe = cell.full_recipe().as_dict()
+        del recipe["start_scale"]
+        settings = {"dataset": {"name": "digits", "split": "test"}, "recipe": recipe, "seed": 0}
+        file = tmp_path / "results" / "tiny" / f"{cell.name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"settings": settings}))
+    assert run(sweep, monkeypatch, tmp_path, "tiny") == 0
+    assert "0 runs done" in capsys.readouterr().out
+
+
 def test_run_that_diverges_is_written_down_and_the_next_one_starts(
     sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -88,6 +88,19 @@ def test_step_equals_plain_pytorch(clip: float) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_training_images_grow_and_evaluated_ones_do_not() -> None:
+    loop = _loop(net := tiny_net(), recipe=replace(RECIPE, epochs=2, start_scale=0.5, full_scale_at=0.5))
+    sides = {step: loop.batch(step)[0].shape[-1] for step in range(loop.total_steps)}
+    assert sides[0] == 3
+    assert set(sides.values()) == {3, 4, 6}
+    assert all(sides[step] == 6 for step in range(loop.total_steps // 2, loop.total_steps))
+    seen: list[int] = []
+    net.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-1]))
+    loop.train_step(0)
+    loop.evaluate()
+    assert (seen[0], set(seen[1:])) == (3, {6})
+
+
 def test_evaluation_sees_each_image_once_and_flip_averages() -> None:
     data, net = tiny_dataset(), tiny_net().eval()
     images = (data.test_images.float() / 255 - data.mean.view(3, 1, 1)) / data.std.view(3, 1, 1)

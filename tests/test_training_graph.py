@@ -99,16 +99,19 @@ def test_warm_up_leaves_no_trace(functions: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "processes", "replays", "said"),
+    ("device", "processes", "replays", "start_scale", "said"),
     [
-        ("cpu", 1, False, "graph must be False away from a CUDA device, got device cpu"),
-        ("cuda", 2, False, "graph must be False with more than one process, got 2"),
-        ("cuda", 1, True, "graph must be False with a compile_mode other than default"),
+        ("cpu", 1, False, 1.0, "graph must be False away from a CUDA device, got device cpu"),
+        ("cuda", 2, False, 1.0, "graph must be False with more than one process, got 2"),
+        ("cuda", 1, True, 1.0, "graph must be False with a compile_mode other than default"),
+        ("cuda", 1, False, 0.5, "graph must be False with a start_scale other than 1: .*, got 0.5"),
     ],
 )
-def test_graph_is_refused_where_it_cannot_be(device: str, processes: int, replays: bool, said: str) -> None:
+def test_graph_is_refused_where_it_cannot_be(
+    device: str, processes: int, replays: bool, start_scale: float, said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
-        check_graph(torch.device(device), processes, replays)
+        check_graph(torch.device(device), processes, replays, start_scale)
 
 
 def test_fit_refuses_a_graph_on_the_cpu(tmp_path: Path) -> None:

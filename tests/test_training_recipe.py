@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from resblocks.training import RECIPES, Recipe, augment, cutout, derive_seed, draw, get_recipe, normalise
-from resblocks.training.augment import Draws
+from resblocks.training.augment import Draws, resize
 
 
 def test_triangle_rises_to_a_fifth_of_the_run_and_falls_to_zero() -> None:
@@ -39,6 +39,13 @@ def test_cosine_and_constant() -> None:
     assert [constant.lr_at(step, 4) for step in range(4)] == [0, 0.5, 1, 1]
 
 
+def test_scale_grows_by_quarters_to_one() -> None:
+    recipe = Recipe(start_scale=0.5, full_scale_at=0.8)
+    scales = [recipe.scale_at(step, 100) for step in range(100)]
+    assert scales == [0.5] * 40 + [0.75] * 40 + [1.0] * 20
+    assert {Recipe().scale_at(step, 100) for step in range(100)} == {1.0}
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -54,6 +61,7 @@ def test_cosine_and_constant() -> None:
                 "schedule": "triangular",
             },
         ),
+        ("r10", {"epochs": 10, "batch_size": 128, "lr": 0.1, "start_scale": 0.5, "cutout": 0}),
         (
             "r26",
             {
@@ -106,6 +114,9 @@ def test_recipe_survives_json() -> None:
         ({"schedule": "steps"}, r"milestones must be given with schedule=steps, and only then, got \(\)"),
         ({"milestones": [0.5]}, "milestones must be given with schedule=steps"),
         ({"schedule": "steps", "milestones": [0.7, 0.5]}, "milestones must be rising fractions"),
+        ({"start_scale": 0.6}, "start_scale must be a multiple of a quarter, got 0.6"),
+        ({"start_scale": 0.0}, r"start_scale must be in \(0, 1\], got 0.0"),
+        ({"full_scale_at": 1.5}, r"full_scale_at must be in \(0, 1\], got 1.5"),
         ({"padding": "edge"}, "padding must be reflect or zeros, got 'edge'"),
         ({"tta": "crop"}, "tta must be none or flip, got 'crop'"),
         ({"batchsize": 3}, "a recipe has no option 'batchsize'; it has batch_size"),
@@ -117,7 +128,7 @@ def test_wrong_values_are_refused(overrides: dict[str, object], message: str) ->
 
 
 def test_unknown_recipe_is_refused() -> None:
-    with pytest.raises(ValueError, match="no recipe is named 'r27'; there are paper, r26"):
+    with pytest.raises(ValueError, match="no recipe is named 'r27'; there are paper, r10"):
         get_recipe("r27")
 
 
@@ -172,6 +183,15 @@ def test_cutout_fills_with_the_mean() -> None:
     recipe = Recipe(crop=0, flip=False, cutout=8)
     out = augment(_images(2), torch.arange(2), draw(recipe, 2, 8, 8, seed=0, step=0), recipe, mean, std)
     assert (out == 0).all()
+
+
+def test_resize_to_half_keeps_the_mean_and_what_is_even() -> None:
+    images = torch.rand(3, 2, 8, 12, dtype=torch.float64)
+    half = resize(images, 0.5)
+    assert half.shape == (3, 2, 4, 6)
+    assert (half.mean() - images.mean()).abs() < 0.02
+    assert torch.allclose(resize(torch.full((1, 1, 8, 8), 0.3), 0.75), torch.tensor(0.3))
+    assert resize(images, 1.0) is images
 
 
 def test_draws_cover_the_window_and_flip_half() -> None:

@@ -94,6 +94,8 @@ RECIPE_HELP = {
     "padding": "reflect or zeros",
     "flip": "mirror every second image",
     "cutout": "side of the square in pixels; 0: off",
+    "start_scale": "side of the training images at the start over their full side, in quarters; 1: off",
+    "full_scale_at": "fraction of the run from which the training images have their full size",
     "tta": "test-time augmentation: none, flip",
 }
 

@@ -1,4 +1,4 @@
-"""Random crop, flip and cutout of a whole batch on the device, as pure functions of (seed, step)."""
+"""Random crop, flip, cutout and size of a whole batch on the device, as pure functions of (seed, step)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -90,6 +91,14 @@ def _source(first: Tensor, size: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
     if recipe.padding == "reflect":  # 2 1 | 0 1 2 3 | 2 1, the border itself not repeated
         return size - 1 - (size - 1 - at.abs()).abs(), inside
     return at.clamp(0, size - 1), inside
+
+
+def resize(images: Tensor, scale: float) -> Tensor:
+    """Images of another size, averaged over what falls into a pixel: (B, C, H, W) -> (B, C, scale * H, scale * W)."""
+    if scale == 1:
+        return images
+    size = [max(1, round(scale * side)) for side in images.shape[-2:]]
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

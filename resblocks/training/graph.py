@@ -14,12 +14,16 @@ from torch import Tensor
 WARM_UP = 3  # steps before the capture: libraries choose algorithms, compilers compile, the optimizer makes its buffers
 
 
-def check_graph(device: torch.device, processes: int, replays: bool) -> None:
+def check_graph(device: torch.device, processes: int, replays: bool, start_scale: float) -> None:
     """Raise where a step cannot be captured."""
     if device.type != "cuda":
         raise ValueError(f"graph must be False away from a CUDA device, got device {device}")
     if processes > 1:
         raise ValueError(f"graph must be False with more than one process, got {processes}")
+    if start_scale != 1:
+        raise ValueError(
+            f"graph must be False with a start_scale other than 1: a graph has one size, got {start_scale}"
+        )
     if replays:
         raise ValueError("graph must be False with a compile_mode other than default: it has CUDA graphs of its own")
 

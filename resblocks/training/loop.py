@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import augment, derive_seed, draw, normalise
+from .augment import augment, derive_seed, draw, normalise, resize
 from .data import Dataset
 from .graph import GraphedStep, check_graph
 from .meter import Meter
@@ -62,7 +62,7 @@ class Loop:
         self.net = net.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.replays = compile and compile_mode != "default"  # CUDA graphs, whose results the next replay writes over
         if graph:
-            check_graph(device, ranks.size, self.replays)
+            check_graph(device, ranks.size, self.replays, recipe.start_scale)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(net, mode=compile_mode) if compile else net
         self.model: Callable[[Tensor], Tensor] = self.forward
         if ranks.on:
@@ -94,6 +94,7 @@ class Loop:
         mine = slice(self.ranks.rank * self.local_batch, (self.ranks.rank + 1) * self.local_batch)
         rows = self.order(epoch)[index * size : (index + 1) * size][mine]
         images = augment(self.images, rows, draws[mine], self.recipe, self.mean, self.std)
+        images = resize(images, self.recipe.scale_at(step, self.total_steps))
         return images.contiguous(memory_format=self.memory_format), self.labels[rows]
 
     def train_step(self, step: int) -> None:

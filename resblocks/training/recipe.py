@@ -37,6 +37,8 @@ class Recipe:
     padding: str = "reflect"  # reflect, zeros (after normalisation, so the mean colour)
     flip: bool = True  # left and right, every second image
     cutout: int = 0  # side of a square filled with the mean, fully inside the image; 0 is off
+    start_scale: float = 1.0  # progressive resizing: side of the training images at step 0 over their full side
+    full_scale_at: float = 0.7  # fraction of the run from which they have it; in between it grows by quarters
     tta: str = "none"  # test-time augmentation: none, flip (logits averaged over the image and its mirror image)
 
     def __post_init__(self) -> None:
@@ -48,6 +50,9 @@ class Recipe:
         for name in ("momentum", "label_smoothing", "warmup"):
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _check(not self.nesterov or self.momentum > 0, "nesterov", self.nesterov, "False where momentum is 0")
+        for name in ("start_scale", "full_scale_at"):
+            _check(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")
+        _check(self.start_scale * 4 % 1 == 0, "start_scale", self.start_scale, "a multiple of a quarter")
         _check(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         _check(self.padding in ("reflect", "zeros"), "padding", self.padding, "reflect or zeros")
         _check(self.tta in ("none", "flip"), "tta", self.tta, "none or flip")
@@ -63,6 +68,15 @@ class Recipe:
     def lr_at(self, step: int, total_steps: int) -> float:
         """The learning rate of one step, counted from 0: a pure function, so nothing of it has to be saved."""
         return self.lr * SCHEDULES[self.schedule](self, step / total_steps)
+
+    def scale_at(self, step: int, total_steps: int) -> float:
+        """The side of the training images of one step over their full side, in quarters.
+
+        Small images cost less, and what a net learns of them holds for large ones (progressive resizing: J. Howard's
+        entry to DAWNBench, 2018). The evaluation sees full images only.
+        """
+        grown = min(step / total_steps / self.full_scale_at, 1.0)
+        return math.floor(4 * (self.start_scale + (1 - self.start_scale) * grown)) / 4
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data for JSON; `get_recipe(**that)` gives a recipe of the table back, overrides and all."""
@@ -116,6 +130,9 @@ RECIPES: dict[str, Recipe] = {
         # arXiv 2510.24036 publishes no recipe: ours is R, short. 89.9 % is its number for ResNet-18. At this learning
         # rate a CNN without norm, its baseline, stays at chance unless the gradient is clipped: it is, for all nets.
         replace(_R, name="paper", epochs=10, clip_norm=1.0),
+        # Ours: R for an hour of two CPU cores. In ten epochs small batches learn more, and images of half and three
+        # quarters of their side save two fifths of the computing.
+        replace(_R, name="r10", batch_size=128, lr=0.1, label_smoothing=0.1, start_scale=0.5),
         replace(_R, name="r26", epochs=26, cutout=12),
         replace(_R, name="r80", epochs=80, cutout=12),
         # He et al. 2015, sec. 4.2: 64k steps of 128 images, lr / 10 at 32k and 48k; 164 epochs of 50,000 images.
