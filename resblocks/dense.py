@@ -340,10 +340,15 @@ class _MapGradients:
             if kernels is not None:
                 more = kernels.accumulate(dz, x, *affine, mean, rstd, grad[span])
             else:
-                # Of batch norm's backward the sums alone: one pass, and no cancellation between x and mean.
-                dz, outputs = _rectify(dz, z).to(x.dtype), [False, True, True]
-                more = aten.native_batch_norm_backward(dz, x, gamma, None, None, mean, rstd, True, 0.0, outputs)[1:]
-                grad[span].addcmul_(dz, affine[0])
+                # Batch norm's own backward takes both sums in one pass, and does not cancel between x and mean.
+                dz, given = _rectify(dz, z).to(x.dtype), (mean, rstd**-2, None, None)
+                if x.dtype == mean.dtype:
+                    outputs = [False, True, True]
+                    more = aten.native_batch_norm_backward(dz, x, gamma, *given, False, 0.0, outputs)[1:]
+                    grad[span].addcmul_(dz, affine[0])
+                else:  # a product of two dtypes is many times slower than scale * dz from the same pass
+                    dx, *more = aten.native_batch_norm_backward(dz, x, gamma, *given, False, 0.0, [True] * 3)
+                    grad[span].add_(dx)
             dgamma += more[0]
             dbeta += more[1]
         self.s1[:c] += gamma * dbeta
