@@ -99,7 +99,8 @@ def dense_time_table() -> str:
 def inference_table() -> str:
     """How much faster than torchvision each contestant answers, and what it was measured with."""
     path = RESULTS / "inference_cpu_2026-11.json"
-    rows, made = [], []
+    rows: list[list[str]] = []
+    commits: dict[str, dict[str, None]] = {}  # of each machine, in order
     for case in json.loads(path.read_text(encoding="utf-8"))["cases"]:
         for name, found in case["rows"].items():
             ratios = [f"{found[f'speedup_{what}']:.2f}" for what in ("min", "median", "max")]
@@ -108,9 +109,10 @@ def inference_table() -> str:
             rows.append([*said, error if found["right"] else f"{error}, wrong"])
         environment = case["environment"]
         versions = ", ".join(f"{key} {environment['versions'][key]}" for key in ("torch", "torchvision"))
-        made.append(f"{environment['device']}, {versions}, commit {environment['commit'][:9]}")
+        commits.setdefault(f"{environment['device']}, {versions}", {})[environment["commit"][:9]] = None
     header = ["net", "setting", "contestant", "min", "median", "max", "rounds", "error"]
-    said = f"\n{'; '.join(dict.fromkeys(made))}; every round: `{path.relative_to(ROOT).as_posix()}`.\n"
+    made = "; ".join(f"{where}, commit {', '.join(names)}" for where, names in commits.items())
+    said = f"\n{made}; every round: `{path.relative_to(ROOT).as_posix()}`.\n"
     return table(header, rows, "lllrrrrr") + said
 
 

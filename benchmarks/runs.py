@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from scipy import stats
 
-from resblocks.training import Recipe, Result, draw_figures, get_recipe
+from resblocks.training import Result, draw_figures, get_recipe
 from resblocks.training.experiment import title
 from resblocks.training.figures import draw_depths
 from resblocks.training.files import write_atomic
@@ -47,8 +47,7 @@ def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         dataset, recipe, precision = (run["settings"][name] for name in ("dataset", "recipe", "precision"))
-        recipe = Recipe().as_dict() | recipe  # a run from before an option existed had its default
-        key = json.dumps([dataset, recipe, precision, run["environment"]["device"]], sort_keys=True)
+        key = json.dumps([dataset, sweep.whole_recipe(recipe), precision, run["environment"]["device"]], sort_keys=True)
         found.setdefault(key, []).append(run)
     return list(found.values())
 

@@ -120,6 +120,11 @@ def wanted(cell: Cell, dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def whole_recipe(written: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a run's file: a run from before an option existed had its default."""
+    return Recipe().as_dict() | written
+
+
 def is_finished(file: Path, cell: Cell, dataset: Dataset) -> bool:
     """Whether the file holds that run, diverged or not: the same run again would end in the same way.
 
@@ -131,8 +136,8 @@ def is_finished(file: Path, cell: Cell, dataset: Dataset) -> bool:
     found = json.loads(file.read_text(encoding="utf-8"))
     for name, value in wanted(cell, dataset).items():
         there = found["settings"][name]
-        if name == "recipe":  # a run from before an option existed had its default
-            there = Recipe().as_dict() | there
+        if name == "recipe":
+            there = whole_recipe(there)
         there = {key: there.get(key) for key in value} if isinstance(value, dict) else there
         if there != value:
             raise ValueError(f"{file.name} holds a run with {name} {there}, not {value}: remove it, or give --results")
