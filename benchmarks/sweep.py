@@ -83,17 +83,11 @@ PROGRAMMES: dict[str, tuple[Cell, ...]] = {
         *cells(["preact_resnet110", "preact_resnet164"], "he2015"),
     ),
     "digits": cells(["baseline_cnn_bn", "resnet18_noskip", "resnet18"], "digits", seeds=3, dataset="digits"),
-    "paper-cpu": (
-        *cells(["resnet18", "resnet18_noskip", "baseline_cnn_bn"], "r10"),
-        *cells(["resnet18"], "r10", epochs=15, full_scale_at=0.4),
-    ),
+    "paper-cpu": cells(["resnet18", "resnet18_noskip", "baseline_cnn_bn"], "r10"),
+    "paper-15-cpu": cells(["resnet18", "resnet18_noskip", "baseline_cnn_bn"], "r10", epochs=15, full_scale_at=0.4),
     "paper-short-cpu": cells(["resnet18", "resnet18_noskip", "baseline_cnn_bn"], "paper", epochs=5, clip_norm=0.0),
     "paper-small-cpu": cells(["resnet20", "resnet20_noskip", "baseline_cnn_20"], "paper", epochs=5),
-    "degradation-cpu": (
-        *cells(plain_and_residual(20, 56), "he2015", epochs=2),
-        *cells(plain_and_residual(20), "he2015", seeds=3, epochs=2)[2:],
-        *cells(plain_and_residual(32, 44), "he2015", epochs=2),
-    ),
+    "degradation-cpu": (*cells(plain_and_residual(20, 56), "r10"), *cells(plain_and_residual(20), "r10", seeds=3)[2:]),
 }
 
 
