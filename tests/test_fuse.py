@@ -300,7 +300,7 @@ def test_norm_whose_digits_would_cancel_is_not_taken_apart():
     assert count(fuse(block, dtype=torch.bfloat16), Clamp) == 0
 
 
-@pytest.mark.parametrize("size", [(1, 1), (4, 8), (7, 7), (9, 14)])
+@pytest.mark.parametrize("size", [(1, 1), (4, 8), (7, 7), (9, 14), (21, 20)])  # the last one sample by sample
 @pytest.mark.parametrize("bias", [True, False])
 def test_winograds_algorithm_is_a_convolution(size, bias):
     conv, x = nn.Conv2d(64, 48, 3, padding=1, bias=bias), torch.randn(3, 64, *size).relu()
