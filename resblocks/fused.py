@@ -337,7 +337,7 @@ def fits_winograd(weight: Tensor, shape: Sequence[int], geometry: Geometry) -> b
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.shape[2:] != (3, 3) or geometry != SAME:
         return False
     tiles = shape[0] * math.prod(-(-length // winograd.TILE) for length in shape[2:])
-    return min(weight.shape[:2]) >= 64 and tiles >= 16 and has_layouts(weight.dtype)
+    return min(weight.shape[:2]) >= 64 and tiles >= 32 and has_layouts(weight.dtype)
 
 
 @cache
