@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from resblocks.blocks import DenseBlock, Transition
 from resblocks.dense_plan import pool_commutes, window
-from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, affine
+from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, FusedStage, affine
 from resblocks.layers import DropPath, FrozenBatchNorm, avg_pool, convolution
 from resblocks.layers import _WeightStandardised as WeightStandardised
 from resblocks.residual import Add, Concat, Residual
@@ -159,7 +159,9 @@ class Fuser:
     def sequence(self, layers: nn.Sequential) -> nn.Sequential:
         """Convolutions with the norms and ReLUs around them taken in, under the names of the convolutions."""
         fused = fused_sequence(layers)
-        return clamped_sequence(fused) if self.clamps else fused
+        fused = clamped_sequence(fused) if self.clamps else fused
+        in_stage = any(type(layer) is FusedResidual for layer in fused)
+        return FusedStage(OrderedDict(fused._modules)) if in_stage else fused
 
 
 def fused_sequence(sequence: nn.Sequential) -> nn.Sequential:

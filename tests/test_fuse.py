@@ -148,6 +148,7 @@ def test_operators_that_are_missing_or_wrong_are_not_used(monkeypatch):
     net = trained("resnet20")
     for name, test in {
         "_convolution_pointwise": fused.has_onednn,
+        "_convolution_pointwise_": fused.can_write_over,
         "_reorder_convolution_weight": fused.has_layouts,
     }.items():
         test.cache_clear()
@@ -155,8 +156,8 @@ def test_operators_that_are_missing_or_wrong_are_not_used(monkeypatch):
     x = image(3, 16, batch=2)
     with torch.no_grad():
         assert relative_error(fuse(net, input_size=(3, 16, 16), batch_size=2)(x), net(x)) < 1e-5
-    fused.has_onednn.cache_clear()
-    fused.has_layouts.cache_clear()
+    for test in (fused.has_onednn, fused.can_write_over, fused.has_layouts):
+        test.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")
@@ -169,6 +170,74 @@ def test_one_operator_runs_the_block_where_torch_has_it():
     names = {event.key for event in profile.key_averages()}
     assert any("_convolution_pointwise" in name for name in names)
     assert not names & {"aten::relu", "aten::batch_norm"}
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The sums that were written over a shortcut, by their shapes."""
+    shapes, write = [], fused._onednn_over
+
+    def noted(x, weight, bias, other, *rest):
+        shapes.append(tuple(other.shape))
+        return write(x, weight, bias, other, *rest)
+
+    if not fused.can_write_over(torch.float32):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(fused, "_onednn_over", noted)
+    return shapes
+
+
+def large_stage():
+    """Three fused blocks with sums of 256 KiB, the last with a projection."""
+    blocks = [rb.BasicBlock(64, 64), rb.BasicBlock(64, 64), rb.BasicBlock(64, 64, shortcut="C")]
+    return fuse(nn.Sequential(*blocks).eval()), image(64, 32, batch=1).contiguous(memory_format=torch.channels_last)
+
+
+def test_large_sums_are_written_over_shortcuts(written):
+    stage, x = large_stage()
+    with torch.no_grad():
+        before = x.clone()
+        y = stage(x)
+        assert written == [(1, 64, 32, 32)] * 2
+        assert torch.equal(x, before)
+        for block in stage:
+            x = block(x)
+    assert torch.equal(x, y)
+    assert len(written) == 3  # a block alone writes over its projection, never over its input
+
+
+@pytest.mark.parametrize("place", ["1", "1.branch.conv1", "1.last", "0.last", "0", "2.shortcut"])
+def test_what_hooks_see_of_a_stage_is_not_written_over(written, place):
+    stage, x = large_stage()
+    kept = []
+
+    def keep(module, args, y):
+        kept.extend((seen, seen.clone()) for seen in (*args[:2], y))
+
+    stage.get_submodule(place).register_forward_hook(keep)
+    with torch.no_grad():
+        stage(x)
+    assert kept
+    assert all(torch.equal(seen, copied) for seen, copied in kept)
+
+
+def test_maps_of_a_pyramid_are_not_written_over(written):
+    net = trained("resnet50")
+    x = image(3, 128, batch=1).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        maps, wanted = fuse(net).features(x), net.features(x)
+    assert written
+    for ours, theirs in zip(maps, wanted, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+def test_branch_that_reads_the_shortcut_itself_is_not_written_over_it(written):
+    blocks = [rb.Residual(rb.layers.named(conv=nn.Conv2d(64, 64, 1), norm=nn.BatchNorm2d(64))) for _ in range(3)]
+    net = nn.Sequential(*blocks).eval()
+    x = image(64, 32, batch=1).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert relative_error(fuse(net)(x), net(x)) < 1e-5
+    assert not written
 
 
 def test_shapes_that_would_broadcast_are_refused():
