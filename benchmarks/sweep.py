@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recompress import recompressed
 
 from resblocks.training import Diverged, Ranks, Recipe, fit, get_recipe, load_dataset
 from resblocks.training.data import Dataset
@@ -87,8 +88,16 @@ PROGRAMMES: dict[str, tuple[Cell, ...]] = {
     "paper-15-cpu": cells(["resnet18", "resnet18_noskip", "baseline_cnn_bn"], "r10", epochs=15, full_scale_at=0.4),
     "paper-short-cpu": cells(["resnet18", "resnet18_noskip", "baseline_cnn_bn"], "paper", epochs=5, clip_norm=0.0),
     "paper-small-cpu": cells(["resnet20", "resnet20_noskip", "baseline_cnn_20"], "paper", epochs=5),
+    "recompressed-cpu": cells(["resnet20"], "r10", seeds=3, dataset="cifar10-recompressed"),
     "degradation-cpu": (*cells(plain_and_residual(20, 56), "r10"), *cells(plain_and_residual(20), "r10", seeds=3)[2:]),
 }
+
+
+def load(name: str, data_dir: Path) -> Dataset:
+    """The data set of a cell."""
+    if name == "cifar10-recompressed":
+        return recompressed(load_dataset("cifar10", data_dir))
+    return load_dataset(name, data_dir)
 
 
 def run_cell(cell: Cell, dataset: Dataset, file: Path, work: Path, ranks: Ranks, options: dict[str, Any]) -> bool:
@@ -185,7 +194,7 @@ def main() -> int:
         return 0
     ranks = Ranks.from_env()
     needed = sorted({cell.dataset for name in options.programmes for cell in PROGRAMMES[name]})
-    datasets = {name: ranks.first_then_all(partial(load_dataset, name, options.data_dir)) for name in needed}
+    datasets = {name: ranks.first_then_all(partial(load, name, options.data_dir)) for name in needed}
     left = list(unfinished(options.programmes, options.only, datasets, options.results))
     with torch.device("meta"):
         for cell, _ in left:  # a name that is wrong is found before hours of training

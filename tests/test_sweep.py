@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from resblocks import list_models
 
@@ -18,6 +19,7 @@ SWEEP = Path(__file__).parent.parent / "benchmarks" / "sweep.py"
 @pytest.fixture
 def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """The script with one programme, "tiny", of one epoch of two nets on the digits."""
+    monkeypatch.syspath_prepend(str(SWEEP.parent))
     module = runpy.run_path(str(SWEEP))
     tiny = module["cells"](["resnet20", "resnet20_noskip"], "digits", dataset="digits", epochs=1)
     monkeypatch.setitem(module["PROGRAMMES"], "tiny", tiny)
@@ -118,3 +120,15 @@ def test_unknown_programme_is_refused(
     with pytest.raises(SystemExit):
         run(sweep, monkeypatch, tmp_path, "papper")
     assert "PROGRAMME must be of paper" in capsys.readouterr().err
+
+
+def test_recompressed_images_are_a_little_worse_in_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SWEEP.parent))
+    from recompress import through_jpeg
+
+    ramp = torch.arange(32, dtype=torch.uint8) * 7
+    images = torch.stack([ramp.expand(32, 32), ramp.expand(32, 32).mT, 217 - ramp.expand(32, 32)])[None].contiguous()
+    error = (through_jpeg(images).float() - images.float()).abs()
+    assert 0 < error.mean() < 10
+    assert error.max() < 60
+    assert torch.equal(through_jpeg(images), through_jpeg(images))
