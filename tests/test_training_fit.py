@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +34,7 @@ from resblocks.training import (
     results_table,
     run_variants,
 )
+from resblocks.training.augment import draw_first_flips, normalise
 from resblocks.training.device import has_fast_bfloat16, pick_device, pick_precision
 from resblocks.training.loop import Loop
 from resblocks.training.meter import Meter
@@ -99,6 +101,19 @@ def test_training_images_grow_and_evaluated_ones_do_not() -> None:
     loop.train_step(0)
     loop.evaluate()
     assert (seen[0], set(seen[1:])) == (3, {6})
+
+
+def test_alternate_flip_shows_each_image_in_turns() -> None:
+    loop = _loop(tiny_net(), recipe=replace(RECIPE, epochs=3, crop=0, cutout=0, alternate_flip=True))
+    as_they_are = normalise(loop.images, loop.mean, loop.std)
+    for epoch in range(3):
+        for index in range(loop.steps_per_epoch):
+            images, _ = loop.batch(epoch * loop.steps_per_epoch + index)
+            rows = loop.order(epoch)[index * len(images) : (index + 1) * len(images)]
+            mirrored = rearrange(loop.first_flips[rows] ^ (epoch == 1), "b -> b 1 1 1")
+            assert torch.equal(images, torch.where(mirrored, as_they_are[rows].flip(3), as_they_are[rows]))
+    assert 0.25 < loop.first_flips.float().mean() < 0.75
+    assert not torch.equal(draw_first_flips(50, seed=0), draw_first_flips(50, seed=1))
 
 
 def test_evaluation_sees_each_image_once_and_flip_averages() -> None:

@@ -109,6 +109,7 @@ def test_recipe_survives_json() -> None:
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
         ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"flip": False, "alternate_flip": True}, "alternate_flip must be False where flip is, got True"),
         ({"momentum": 0.0}, "nesterov must be False where momentum is 0, got True"),
         ({"schedule": "linear"}, "schedule must be one of triangular, steps, cosine, constant, got 'linear'"),
         ({"schedule": "steps"}, r"milestones must be given with schedule=steps, and only then, got \(\)"),
@@ -119,7 +120,7 @@ def test_recipe_survives_json() -> None:
         ({"full_scale_at": 1.5}, r"full_scale_at must be in \(0, 1\], got 1.5"),
         ({"padding": "edge"}, "padding must be reflect or zeros, got 'edge'"),
         ({"tta": "crop"}, "tta must be none or flip, got 'crop'"),
-        ({"batchsize": 3}, "a recipe has no option 'batchsize'; it has batch_size"),
+        ({"batchsize": 3}, "a recipe has no option 'batchsize'; it has alternate_flip, batch_size"),
     ],
 )
 def test_wrong_values_are_refused(overrides: dict[str, object], message: str) -> None:

@@ -93,6 +93,7 @@ RECIPE_HELP = {
     "crop": "padding in pixels for the random crop; 0: off",
     "padding": "reflect or zeros",
     "flip": "mirror every second image",
+    "alternate_flip": "draw the mirrored images once, then mirror each in every second epoch",
     "cutout": "side of the square in pixels; 0: off",
     "start_scale": "side of the training images at the start over their full side, in quarters; 1: off",
     "full_scale_at": "fraction of the run from which the training images have their full size",

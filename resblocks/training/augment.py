@@ -57,6 +57,18 @@ def draw(
     return Draws(below(window), below(window), mirrored, below(height - square + 1), below(width - square + 1))
 
 
+def draw_first_flips(count: int, *, seed: int) -> Tensor:
+    """Which of all images an alternating flip mirrors in the even epochs; in the odd ones it mirrors the others.
+
+    So two epochs in a row show each image once as it is and once mirrored. Flips drawn anew show half of them twice in
+    the same way, and a short run fewer different ones (K. Jordan 2024, arXiv:2404.00498).
+
+    Shape: -> (count,) bool, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(derive_seed("flip", seed))
+    return torch.randint(2, (count,), generator=generator).bool()
+
+
 def augment(images: Tensor, rows: Tensor, draws: Draws, recipe: Recipe, mean: Tensor, std: Tensor) -> Tensor:
     """Take images out of the whole set, crop, flip, normalise and cut out, in this order.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import augment, derive_seed, draw, normalise, resize
+from .augment import augment, derive_seed, draw, draw_first_flips, normalise, resize
 from .data import Dataset
 from .graph import GraphedStep, check_graph
 from .meter import Meter
@@ -54,6 +55,7 @@ class Loop:
         self.images, self.labels = dataset.train_images.to(device), dataset.train_labels.to(device)
         self.test_images, self.test_labels = dataset.test_images.to(device), dataset.test_labels.to(device)
         self.mean, self.std = dataset.mean.to(device), dataset.std.to(device)
+        self.first_flips = draw_first_flips(images, seed=seed).to(device)
         self.steps_per_epoch = images // recipe.batch_size  # the same on every rank: nobody waits for a missing batch
         self.total_steps = self.steps_per_epoch * recipe.epochs
         self.local_batch = recipe.batch_size // ranks.size
@@ -93,7 +95,10 @@ class Loop:
         draws = draw(self.recipe, size, *self.images.shape[2:], seed=self.seed, step=step, device=self.device)
         mine = slice(self.ranks.rank * self.local_batch, (self.ranks.rank + 1) * self.local_batch)
         rows = self.order(epoch)[index * size : (index + 1) * size][mine]
-        images = augment(self.images, rows, draws[mine], self.recipe, self.mean, self.std)
+        draws = draws[mine]
+        if self.recipe.alternate_flip:
+            draws = replace(draws, mirrored=self.first_flips[rows] ^ bool(epoch % 2))
+        images = augment(self.images, rows, draws, self.recipe, self.mean, self.std)
         images = resize(images, self.recipe.scale_at(step, self.total_steps))
         return images.contiguous(memory_format=self.memory_format), self.labels[rows]
 

@@ -36,6 +36,7 @@ class Recipe:
     crop: int = 4  # pixels of padding around which a window of the old size is cut; 0 is off
     padding: str = "reflect"  # reflect, zeros (after normalisation, so the mean colour)
     flip: bool = True  # left and right, every second image
+    alternate_flip: bool = False  # drawn for the first epoch only, then each image is mirrored in every second epoch
     cutout: int = 0  # side of a square filled with the mean, fully inside the image; 0 is off
     start_scale: float = 1.0  # progressive resizing: side of the training images at step 0 over their full side
     full_scale_at: float = 0.7  # fraction of the run from which they have it; in between it grows by quarters
@@ -50,6 +51,7 @@ class Recipe:
         for name in ("momentum", "label_smoothing", "warmup"):
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _check(not self.nesterov or self.momentum > 0, "nesterov", self.nesterov, "False where momentum is 0")
+        _check(self.flip or not self.alternate_flip, "alternate_flip", self.alternate_flip, "False where flip is")
         for name in ("start_scale", "full_scale_at"):
             _check(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")
         _check(self.start_scale * 4 % 1 == 0, "start_scale", self.start_scale, "a multiple of a quarter")
