@@ -24,10 +24,11 @@ def train_memory() -> Table:
         for name, row in contestants.items():
             mib = [f"{row[f'{what}_bytes'] / row['batch'] / MIB:.2f}" for what in ("saved", "peak")]
             ratios = [f"{row[f'{what}_ratio']:.3f}" for what in ("saved", "peak", "made")]
-            rows.append([f"`{net}`", name, *mib, *ratios, verdict(result["gates"][net][name])])
+            calls = str(row["extra_calls"])
+            rows.append([f"`{net}`", name, *mib, *ratios, calls, verdict(result["gates"][net][name])])
     header = ["net", "training step of", "kept, MiB an image", "peak, MiB an image"]
     ratios = [f"{what}, over the first's" for what in ("kept", "peak", "allocated in all")]
-    return [*header, *ratios, "gradients and buffers"], rows, "llrrrrrl"
+    return [*header, *ratios, "operators the first does not call", "gradients and buffers"], rows, "llrrrrrrl"
 
 
 def train_time() -> Table:

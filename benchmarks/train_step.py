@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from live_bytes import LiveBytes, check_the_counter, peak_of_step
 from peers import data, is_installed, made_with, merged, same_weights, timed_dtype
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 from turns import spread, take_turns
 
 from resblocks import create_model, interop
@@ -192,8 +194,13 @@ def apart(tensor: Tensor, truth: Tensor) -> float:
 
 
 def memory(name: str, chosen: tuple[str, ...] | None = None, batch: int = MEMORY_BATCH) -> dict[str, Any]:
-    """Bytes that a forward keeps and the peak of forward and backward, and both over the baseline's."""
-    rows = {}
+    """Bytes that a forward keeps, the peak of forward and backward and all that both allocate, over the baseline's.
+
+    And the calls of operators that the baseline does not make: with none, a step can take no more of the processor but
+    for what Python does between the calls.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    calls = {}
     for contestant in chosen or contestants(name):
         if contestant in ("torchvision contiguous", "resblocks small maps"):
             continue  # no other in memory
@@ -205,16 +212,30 @@ def memory(name: str, chosen: tuple[str, ...] | None = None, batch: int = MEMORY
         with Made() as made:
             forward().backward()
         rows[contestant] = {"batch": batch, "saved_bytes": saved, "peak_bytes": peak, "made_bytes": made.total}
+        calls[contestant] = made.calls
     base = rows[CASES[name].baseline]
-    for row in rows.values():
+    for contestant, row in rows.items():
         row |= {f"{what}_ratio": row[f"{what}_bytes"] / base[f"{what}_bytes"] for what in ("saved", "peak", "made")}
+        row["extra_calls"] = (calls[contestant] - calls[CASES[name].baseline]).total()
     return rows
 
 
 class Made(LiveBytes):
-    """Counts what a step allocates in all: memory that is written for the first time is what out of place costs."""
+    """Counts what a step allocates in all: memory that is written for the first time is what out of place costs.
 
-    total = 0
+    And its calls by operator and shapes, without those that only look at a tensor in another way.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self.calls: Counter[tuple[str, tuple[torch.Size, ...]]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            given = tree_leaves((args, kwargs))
+            self.calls[str(func), tuple(leaf.shape for leaf in given if isinstance(leaf, Tensor))] += 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _add(self, storage: Any) -> None:
         self.total += storage.nbytes() if storage not in self._known else 0
@@ -394,7 +415,8 @@ def show_memory(found: dict[str, Any]) -> None:
         for contestant, row in rows.items():
             kept, peak = (row[key] / row["batch"] / MIB for key in ("saved_bytes", "peak_bytes"))
             ratios = " ".join(f"x{row[f'{what}_ratio']:.3f}" for what in ("saved", "peak", "made"))
-            print(f"{name:16s} {contestant:24s} {kept:8.2f} {peak:8.2f} MiB an image  {ratios}")
+            extra = f"{row['extra_calls']} calls of its own"
+            print(f"{name:16s} {contestant:24s} {kept:8.2f} {peak:8.2f} MiB an image  {ratios}  {extra}")
 
 
 if __name__ == "__main__":

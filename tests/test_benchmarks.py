@@ -36,6 +36,15 @@ def test_plain_net_takes_the_memory_of_its_peers(train_step: ModuleType, name: s
     assert rows["resblocks out of place"]["made_ratio"] > 1.05
 
 
+@pytest.mark.parametrize("name", ["resnet18_cifar", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+def test_plain_net_calls_the_operators_of_its_peers(train_step: ModuleType, name: str) -> None:
+    """The exact part of its time: the same operators on the same shapes, and none beside them."""
+    rows = train_step.memory(name, (*PLAIN, "resblocks checkpoint"), batch=2)
+    assert rows["resblocks"]["extra_calls"] == 0
+    assert rows["resblocks out of place"]["extra_calls"] > 0
+    assert rows["resblocks checkpoint"]["extra_calls"] > 0
+
+
 def test_norms_save_what_the_result_file_says(train_step: ModuleType) -> None:
     kept = json.loads(train_step.RESULTS.read_text(encoding="utf-8"))["memory"]["resnet18_cifar"]
     now = train_step.memory("resnet18_cifar", ("torchvision", "resblocks norms"))
