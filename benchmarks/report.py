@@ -26,6 +26,7 @@ from peers import conditions, verdict
 
 from resblocks import DenseNet, ResNet
 from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION
+from resblocks.training import RECIPES, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -165,6 +166,15 @@ def compat_table() -> str:
     return table(["net", *checks], rows, "l" * (1 + len(checks))) + said
 
 
+def recipes_table() -> str:
+    """What each recipe changes of the defaults."""
+    rows, usual = [], Recipe().as_dict()
+    for name, recipe in RECIPES.items():
+        changed = {key: value for key, value in recipe.as_dict().items() if value != usual[key] and key != "name"}
+        rows.append([f"`{name}`", ", ".join(f"`{key}={value!r}`" for key, value in changed.items())])
+    return table(["recipe", "what it changes"], rows, "ll")
+
+
 def gradients_table() -> str:
     """What of the gradient arrives at the first convolution of each stage, at initialisation."""
     measured = json.loads((RESULTS / "gradients_cpu_2026-11.json").read_text(encoding="utf-8"))
@@ -208,6 +218,7 @@ TABLES = {
     "dense-memory": dense_memory_table,
     "dense-time": dense_time_table,
     "gradients": gradients_table,
+    "recipes": recipes_table,
     "inference": inference_table,
     **runs.REGIONS,
     **{name: partial(made, table_of) for name, table_of in performance_tables.TABLES.items()},

@@ -23,7 +23,8 @@ def snippets(page: str) -> str:
 @pytest.mark.filterwarnings("ignore:::torchao")  # which says of each layer why it stays in float
 @pytest.mark.filterwarnings("ignore:::torch.utils._pytree")
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
-def test_snippets_run_and_print_what_they_say(page: str) -> None:
+def test_snippets_run_and_print_what_they_say(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     code = snippets(page)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
