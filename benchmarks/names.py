@@ -24,6 +24,7 @@ import torchvision
 from torch import nn
 
 from resblocks import interop
+from resblocks.interop.compare import largest
 from resblocks.training.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "names_cpu_2026-11.json"
@@ -52,7 +53,7 @@ def compare(theirs: Callable[[], nn.Module], ours: Callable[[], nn.Module], seed
     exact = given.keys() == back.keys() and all(torch.equal(given[key], back[key]) for key in given)
     dtype = "float32"
     found = interop.differences(net, model, x)
-    if max(found.values()) > FLOAT32:
+    if not largest([*found.values()]) <= FLOAT32:  # NaN is not
         dtype = "float64"
         found = interop.differences(net.double(), model.double(), x.double())
     return {
@@ -61,7 +62,7 @@ def compare(theirs: Callable[[], nn.Module], ours: Callable[[], nn.Module], seed
         "weights_back_exact": exact,
         "dtype": dtype,
         **found,
-        "equal": not notes and exact and max(found.values()) < (FLOAT64 if dtype == "float64" else FLOAT32),
+        "equal": not notes and exact and largest([*found.values()]) < (FLOAT64 if dtype == "float64" else FLOAT32),
     }
 
 

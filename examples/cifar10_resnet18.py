@@ -1,6 +1,6 @@
 """A baseline CNN, ResNet-18 without skips and ResNet-18 on CIFAR-10: arXiv 2510.24036 from end to end.
 
-    python examples/cifar10_resnet18.py --dataset digits        # real digits, nothing to download, minutes on a CPU
+    python examples/cifar10_resnet18.py --dataset digits        # real digits, nothing to download, 15 min on a CPU
     python examples/cifar10_resnet18.py                         # CIFAR-10, downloaded into data/
     torchrun --nproc-per-node 2 examples/cifar10_resnet18.py    # the same experiment on two GPUs
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
@@ -212,7 +212,7 @@ def signal_report(net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | 
     blocks = _blocks(net)
     taps = {name: _Tap() for name in blocks}
     cuda = [x.device] if x.device.type == "cuda" else []
-    with _restored(net), torch.random.fork_rng(devices=cuda), torch.set_grad_enabled(loss is not None):
+    with _restored(net), _eager(), torch.random.fork_rng(devices=cuda), torch.set_grad_enabled(loss is not None):
         # Gradients are wanted at values inside the net, so a frozen net must build a graph too.
         x = x.detach().requires_grad_(loss is not None and x.is_floating_point())
         with _hooks(
@@ -295,7 +295,7 @@ def lesion_study(
     blocks = {name: block for name, block in _blocks(net, where).items() if block.skip}
     if not blocks:
         raise ValueError("where must choose at least one block whose skip is on, got none")
-    with _restored(net), torch.no_grad():
+    with _restored(net), _eager(), torch.no_grad():
         net.eval()
         intact = float(evaluate(net))
         lesions = []
@@ -348,6 +348,12 @@ def _hooks(handles: Sequence[RemovableHandle] | Iterator[RemovableHandle]) -> It
         for handle in handles:
             stack.callback(handle.remove)
         yield
+
+
+def _eager() -> AbstractContextManager[None]:
+    """Run compiled nets without their graphs, which know nothing of hooks that came later."""
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextmanager

@@ -167,7 +167,7 @@ def freeze_norm(net: nn.Module) -> nn.Module:
     found = [
         (parent, name, child)
         for parent in net.modules()
-        for name, child in parent.named_children()
+        for name, child in parent._modules.items()  # named_children leaves repeated ones out
         if isinstance(child, nn.modules.batchnorm._BatchNorm)
     ]
     if not found:

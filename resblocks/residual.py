@@ -254,12 +254,15 @@ def set_skip(net: nn.Module, on: bool, where: Where | None = None) -> list[str]:
         where: predicate `where(name, block)`; None takes every block.
 
     Raises:
-        ValueError: the net holds no `Residual`, or a chosen block cannot be switched (built with `skip=False`,
-            or merged by concatenation).
+        ValueError: the net holds no `Residual`, `where` chooses none, or a chosen block cannot be switched (built with
+            `skip=False`, or merged by concatenation).
     """
     if not residuals(net):
         raise ValueError(f"net must hold at least one Residual to switch, got {type(net).__name__} without any")
     chosen = residuals(net, where)
+    if not chosen:
+        names = ", ".join(list(residuals(net))[:3])
+        raise ValueError(f"where must choose at least one block of the net ({names}, ...), got none")
     for name, block in chosen.items():
         check_switch(block, on, name)
     for block in chosen.values():

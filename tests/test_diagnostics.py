@@ -275,6 +275,17 @@ def test_lesion_replaces_one_block_at_a_time_by_its_shortcut() -> None:
     assert [lesion.change for lesion in study.lesions] == pytest.approx([e - study.intact for e in expected], abs=1e-5)
 
 
+def test_diagnostics_see_into_a_net_that_was_compiled_and_run() -> None:
+    net, x = small_net().eval(), torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(net, backend="eager")
+    with torch.no_grad():
+        compiled(x)
+    found, expected = (lesion_study(each, lambda net: net(x).sum()).lesions for each in (compiled, net))
+    assert [lesion.metric for lesion in found] == pytest.approx([lesion.metric for lesion in expected], abs=1e-5)
+    assert any(abs(lesion.change) > 1e-4 for lesion in found)
+    assert len(signal_report(compiled, x)) == len(signal_report(net, x)) > 0
+
+
 def test_lesion_of_the_skip_leaves_the_branch() -> None:
     net, x = nn.Sequential(Residual(nn.Linear(3, 3)), Residual(nn.Linear(3, 3))), torch.randn(2, 3)
     study = lesion_study(net, lambda net: net(x).sum(), part="skip", where=lambda name, block: name == "1")

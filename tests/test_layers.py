@@ -66,6 +66,12 @@ def test_freeze_norm_survives_train_and_keeps_the_state_dict():
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in frozen.modules())
 
 
+def test_freeze_norm_finds_a_norm_under_each_of_its_names():
+    norm = nn.BatchNorm2d(4)
+    net = rb.freeze_norm(nn.Sequential(norm, nn.ReLU(), norm))
+    assert [type(net[0]), type(net[2])] == [rb.FrozenBatchNorm] * 2
+
+
 def test_freeze_norm_without_batch_norm_raises():
     with pytest.raises(ValueError, match="net must have a batch norm to freeze, got Linear without any"):
         rb.freeze_norm(nn.Linear(2, 2))

@@ -145,6 +145,14 @@ def test_set_skip_changes_nothing_if_one_block_cannot_be_switched():
     assert [block.skip for block in net] == [False, False, True]
 
 
+def test_set_skip_with_a_predicate_that_matches_nothing_raises():
+    net = plain_net()
+    with pytest.raises(ValueError, match=r"where must choose at least one block .*stages.0.0.*, got none"):
+        set_skip(net, False, where=lambda name, block: name == "stage.1")
+    with pytest.raises(ValueError, match="got none"), skips_off(net, where=lambda name, block: False):
+        pass
+
+
 def test_set_skip_without_any_residual_raises():
     with pytest.raises(ValueError, match="net must hold at least one Residual to switch, got Linear"):
         set_skip(nn.Linear(2, 2), False)

@@ -12,6 +12,7 @@ import torch
 import training_workers as workers
 from training_workers import RECIPE, STEPS, error_of, run, tiny_fit, tiny_net, weights_of
 
+from resblocks import BasicBlock, Network, ResNet, set_skip
 from resblocks.training import FolderLock, Result, load_checkpoint, load_weights, save_checkpoint
 from resblocks.training.checkpoint import digest_path, list_checkpoints
 
@@ -226,6 +227,33 @@ def test_folder_of_other_settings_is_refused(change: dict[str, object], message:
     with pytest.raises(ValueError, match=message):
         tiny_fit(tmp_path, **change)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("other", ["plain", "switched", "activation"])
+def test_folder_of_a_net_with_the_same_state_dict_is_refused(other: str, tmp_path: Path) -> None:
+    """A plain net with shortcut A has the weights of the residual one: its result must not be taken for it."""
+
+    def net(**options: object) -> Network:
+        torch.manual_seed(0)
+        return ResNet(BasicBlock, [1], [8], stem="cifar", stem_width=8, num_classes=3, shortcut="A", **options)
+
+    tiny_fit(tmp_path, net())
+    tiny_fit(tmp_path, net())
+    changed = net(**{"plain": {"skip": False}, "activation": {"activation": torch.nn.GELU}}.get(other, {}))
+    if other == "switched":
+        set_skip(changed, False)
+    with pytest.raises(ValueError, match=r"net.layers is .* there"):
+        tiny_fit(tmp_path, changed)
+
+
+def test_folder_from_before_layers_were_written_down_still_counts(tmp_path: Path) -> None:
+    tiny_fit(tmp_path)
+    settings = json.loads((tmp_path / "run.json").read_text())
+    del settings["net"]["layers"]
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    before = (tmp_path / "result.json").stat().st_mtime_ns
+    tiny_fit(tmp_path)
+    assert (tmp_path / "result.json").stat().st_mtime_ns == before
 
 
 def test_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:

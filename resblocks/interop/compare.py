@@ -34,9 +34,14 @@ def differences(net: nn.Module, model: nn.Module, x: Tensor) -> dict[str, float]
     return {
         "logits": _apart(*logits),
         "train_logits": _apart(ours["logits"], others["logits"]),
-        "gradients": max(_apart(ours[key], others[theirs[key]]) for key, _ in net.named_parameters()),
+        "gradients": largest([_apart(ours[key], others[theirs[key]]) for key, _ in net.named_parameters()]),
         "input_gradient": _apart(ours["input"], others["input"]),
     }
+
+
+def largest(values: list[float]) -> float:
+    """The largest value, or NaN where one is NaN, which Python's `max` passes over."""
+    return float(torch.tensor(values, dtype=torch.float64).max())
 
 
 def _gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from .data import Dataset
 from .device import check_compile_mode, pick_device, pick_precision
 from .environment import environment
 from .files import FolderLock, remove_leftovers, write_json
-from .folder import claim, layout, read_finished
+from .folder import claim, layers, layout, read_finished
 from .log import RunLog
 from .loop import Loop
 from .ranks import Ranks
@@ -87,7 +87,7 @@ def fit(
     picked = pick_device(device, ranks.local_rank)
     dtype = pick_precision(precision, picked)
     settings = {
-        "net": {"name": name, "layout": layout(net)},
+        "net": {"name": name, "layout": layout(net), "layers": layers(net)},
         "dataset": {"name": dataset.name, "split": dataset.split, "sha256": dataset.key},
         "recipe": recipe.as_dict(),
         "seed": seed,

@@ -20,6 +20,12 @@ def layout(net: nn.Module) -> str:
     return hashlib.sha256(repr(layout).encode()).hexdigest()[:16]
 
 
+def layers(net: nn.Module) -> str:
+    """Digest of what the state dict does not tell: kinds and options of all modules, and where skips are off."""
+    said = [(name, type(m).__qualname__, m.extra_repr(), getattr(m, "skip", None)) for name, m in net.named_modules()]
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+
+
 def claim(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings into a new folder; in an old one they must be the same."""
     path = out / "run.json"
@@ -34,6 +40,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         there, here = _flat(json.loads(path.read_text())), _flat(settings)
     except ValueError as error:
         raise ValueError(f"out: {path} is damaged ({error}): choose another --out, or remove {out}") from error
+    there.setdefault("net.layers", here.get("net.layers"))  # folders from before it was written
     if different := [key for key in {**there, **here} if there.get(key) != here.get(key)]:
         changes = "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} now" for key in different)
         raise ValueError(
