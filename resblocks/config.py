@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from importlib import import_module
@@ -61,6 +62,23 @@ def recorded(init: Callable[..., None]) -> Callable[..., None]:
         init(self, *args, **options)
 
     return record
+
+
+def with_option(config: dict[str, Any], made: type, name: str, value: Any) -> dict[str, Any]:
+    """A config with another value for an option, wherever the call gave it.
+
+    Raises:
+        ValueError: what it makes does not take the option.
+    """
+    args, options = list(config["args"]), dict(config["options"])
+    taken = inspect.signature(made).parameters
+    if name not in taken and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        raise ValueError(f"config needs a constructor with {name} to say {name}={value!r}, {made.__name__} has none")
+    if name in [*taken][: len(args)]:
+        args[[*taken].index(name)] = value
+    else:
+        options[name] = value
+    return {**config, "args": args, "options": options}
 
 
 def nameless(config: Any) -> list[str]:

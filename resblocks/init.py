@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 
 def init_layer(layer: nn.Module) -> None:
-    """Draw the parameters of one layer: of a convolution as He et al. 2015 ("Delving deep"), else by its own rule.
+    """Draw the parameters of one layer: torch's convolutions as He et al. 2015 ("Delving deep"), others by their rule.
 
     Without a bias a norm follows, and fan out keeps the size of the gradient; a biased convolution has no norm behind
     it, and fan in keeps the size of the map, which would fade over many layers.
@@ -17,7 +18,7 @@ def init_layer(layer: nn.Module) -> None:
     reset = getattr(layer, "reset_parameters", None)
     if callable(reset):
         reset()
-    if isinstance(layer, _ConvNd):
+    if isinstance(layer, _ConvNd) and type(layer).reset_parameters is _ConvNd.reset_parameters:
         mode: Literal["fan_in", "fan_out"] = "fan_out" if layer.bias is None else "fan_in"
         nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")
         if layer.bias is not None:
@@ -27,12 +28,18 @@ def init_layer(layer: nn.Module) -> None:
 def init_weights(module: nn.Module) -> None:
     """Draw all parameters and reset all buffers, as construction does: under one seed both give the same weights.
 
-    This is the way from `device="meta"` and `to_empty` to a net that can train. A layer of another library takes
-    part through its `reset_parameters()`.
+    This is the way from `device="meta"` and `to_empty` to a net that can train. A layer of your own takes part through
+    its `reset_parameters()`, which comes after those of the layers inside it and may set them too. Trained weights are
+    loaded into a net that is built: what a layer loads while it is made is drawn anew.
     """
-    for layer in module.modules():
-        init_layer(layer)
+    init_layers(module)
     start_weights(module)
+
+
+def init_layers(module: nn.Module) -> None:
+    """Draw the parameters of all layers, each after those inside it."""
+    for layer in dict.fromkeys(_children_first(module)):
+        init_layer(layer)
 
 
 def start_weights(module: nn.Module) -> None:
@@ -41,6 +48,12 @@ def start_weights(module: nn.Module) -> None:
         start = getattr(layer, "start_weights", None)
         if callable(start):
             start()
+
+
+def _children_first(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from _children_first(child)
+    yield module
 
 
 def branch_weights(branch: nn.Module, kinds: tuple[str, ...]) -> list[nn.Parameter]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from resblocks.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, ResNeXtBlock, WideBlock
 from resblocks.nets import BaselineCNN, Block, DenseNet, Network, ResNet
-from resblocks.options import check_positive
+from resblocks.options import NetOptions, check_positive, refuse_unknown
 
 BASIC = (64, 128, 256, 512)
 BOTTLENECK = (256, 512, 1024, 2048)
@@ -87,12 +89,14 @@ def cifar_densenet(depth: int, growth_rate: int, *, bottleneck: bool = True, **o
     """
     kind: dict[str, Any] = {} if bottleneck else {"bn_size": None, "compression": 1.0, "stem_width": 16}
     n = grid(depth, 6 if bottleneck else 3, 4)
-    return DenseNet(growth_rate, (n, n, n), **{"stem": "cifar", "num_classes": 10, **kind, **options})
+    kind |= {"growth_rate": growth_rate, "depths": (n, n, n), "stem": "cifar", "num_classes": 10}
+    return DenseNet(**{**kind, **options})
 
 
-def small_resnet(block: Block, n: int, widths: tuple[int, ...], **options: Any) -> ResNet:
+def small_resnet(block: Block, n: int, widths: tuple[int, ...], /, **options: Any) -> ResNet:
     """Three stages of n blocks behind the CIFAR stem, for ten classes."""
-    return ResNet(block, (n, n, n), widths, **{"stem": "cifar", "stem_width": 16, "num_classes": 10, **options})
+    kind = {"block": block, "depths": (n, n, n), "widths": widths, "stem": "cifar", "stem_width": 16, "num_classes": 10}
+    return ResNet(**{**kind, **options})
 
 
 def grid(depth: int, step: int, offset: int) -> int:
@@ -109,25 +113,35 @@ def grid(depth: int, step: int, offset: int) -> int:
 
 
 MODELS: dict[str, Callable[..., Network]] = {
-    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2), BASIC),
-    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3), BASIC),
-    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3), BOTTLENECK),
-    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3), BOTTLENECK),
-    "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3), BOTTLENECK),
-    "resnext50_32x4d": partial(ResNet, partial(Bottleneck, groups=32, base_width=4), (3, 4, 6, 3), BOTTLENECK),
-    "resnext101_32x8d": partial(ResNet, partial(Bottleneck, groups=32, base_width=8), (3, 4, 23, 3), BOTTLENECK),
-    "resnext101_64x4d": partial(ResNet, partial(Bottleneck, groups=64, base_width=4), (3, 4, 23, 3), BOTTLENECK),
-    "wide_resnet50_2": partial(ResNet, partial(Bottleneck, base_width=128), (3, 4, 6, 3), BOTTLENECK),
-    "wide_resnet101_2": partial(ResNet, partial(Bottleneck, base_width=128), (3, 4, 23, 3), BOTTLENECK),
-    "preact_resnet18": partial(ResNet, PreActBasicBlock, (2, 2, 2, 2), BASIC),
-    "preact_resnet34": partial(ResNet, PreActBasicBlock, (3, 4, 6, 3), BASIC),
-    "preact_resnet50": partial(ResNet, PreActBottleneck, (3, 4, 6, 3), BOTTLENECK),
-    "preact_resnet101": partial(ResNet, PreActBottleneck, (3, 4, 23, 3), BOTTLENECK),
-    "preact_resnet152": partial(ResNet, PreActBottleneck, (3, 8, 36, 3), BOTTLENECK),
-    "densenet121": partial(DenseNet, 32, (6, 12, 24, 16)),
-    "densenet161": partial(DenseNet, 48, (6, 12, 36, 24)),
-    "densenet169": partial(DenseNet, 32, (6, 12, 32, 32)),
-    "densenet201": partial(DenseNet, 32, (6, 12, 48, 32)),
+    "resnet18": partial(ResNet, block=BasicBlock, depths=(2, 2, 2, 2), widths=BASIC),
+    "resnet34": partial(ResNet, block=BasicBlock, depths=(3, 4, 6, 3), widths=BASIC),
+    "resnet50": partial(ResNet, block=Bottleneck, depths=(3, 4, 6, 3), widths=BOTTLENECK),
+    "resnet101": partial(ResNet, block=Bottleneck, depths=(3, 4, 23, 3), widths=BOTTLENECK),
+    "resnet152": partial(ResNet, block=Bottleneck, depths=(3, 8, 36, 3), widths=BOTTLENECK),
+    "resnext50_32x4d": partial(
+        ResNet, block=partial(Bottleneck, groups=32, base_width=4), depths=(3, 4, 6, 3), widths=BOTTLENECK
+    ),
+    "resnext101_32x8d": partial(
+        ResNet, block=partial(Bottleneck, groups=32, base_width=8), depths=(3, 4, 23, 3), widths=BOTTLENECK
+    ),
+    "resnext101_64x4d": partial(
+        ResNet, block=partial(Bottleneck, groups=64, base_width=4), depths=(3, 4, 23, 3), widths=BOTTLENECK
+    ),
+    "wide_resnet50_2": partial(
+        ResNet, block=partial(Bottleneck, base_width=128), depths=(3, 4, 6, 3), widths=BOTTLENECK
+    ),
+    "wide_resnet101_2": partial(
+        ResNet, block=partial(Bottleneck, base_width=128), depths=(3, 4, 23, 3), widths=BOTTLENECK
+    ),
+    "preact_resnet18": partial(ResNet, block=PreActBasicBlock, depths=(2, 2, 2, 2), widths=BASIC),
+    "preact_resnet34": partial(ResNet, block=PreActBasicBlock, depths=(3, 4, 6, 3), widths=BASIC),
+    "preact_resnet50": partial(ResNet, block=PreActBottleneck, depths=(3, 4, 6, 3), widths=BOTTLENECK),
+    "preact_resnet101": partial(ResNet, block=PreActBottleneck, depths=(3, 4, 23, 3), widths=BOTTLENECK),
+    "preact_resnet152": partial(ResNet, block=PreActBottleneck, depths=(3, 8, 36, 3), widths=BOTTLENECK),
+    "densenet121": partial(DenseNet, growth_rate=32, depths=(6, 12, 24, 16)),
+    "densenet161": partial(DenseNet, growth_rate=48, depths=(6, 12, 36, 24)),
+    "densenet169": partial(DenseNet, growth_rate=32, depths=(6, 12, 32, 32)),
+    "densenet201": partial(DenseNet, growth_rate=32, depths=(6, 12, 48, 32)),
     "resnet20": partial(cifar_resnet, 20),
     "resnet32": partial(cifar_resnet, 32),
     "resnet44": partial(cifar_resnet, 44),
@@ -137,19 +151,19 @@ MODELS: dict[str, Callable[..., Network]] = {
     "preact_resnet110": partial(cifar_preact_resnet, 110),
     "preact_resnet164": partial(cifar_preact_bottleneck_resnet, 164),
     "preact_resnet1001": partial(cifar_preact_bottleneck_resnet, 1001),
-    "wrn_16_4": partial(wide_resnet, 16, 4),
-    "wrn_16_8": partial(wide_resnet, 16, 8),
-    "wrn_40_4": partial(wide_resnet, 40, 4),
-    "wrn_28_10": partial(wide_resnet, 28, 10),
-    "resnext29_8x64d": partial(cifar_resnext, 29, 8, 64),
-    "resnext29_16x64d": partial(cifar_resnext, 29, 16, 64),
-    "densenet_40_12": partial(cifar_densenet, 40, 12, bottleneck=False),
-    "densenet_100_12": partial(cifar_densenet, 100, 12, bottleneck=False),
-    "densenet_bc_100_12": partial(cifar_densenet, 100, 12),
-    "densenet_bc_190_40": partial(cifar_densenet, 190, 40),
-    "densenet_bc_250_24": partial(cifar_densenet, 250, 24),
+    "wrn_16_4": partial(wide_resnet, 16, widen_factor=4),
+    "wrn_16_8": partial(wide_resnet, 16, widen_factor=8),
+    "wrn_40_4": partial(wide_resnet, 40, widen_factor=4),
+    "wrn_28_10": partial(wide_resnet, 28, widen_factor=10),
+    "resnext29_8x64d": partial(cifar_resnext, 29, cardinality=8, base_width=64),
+    "resnext29_16x64d": partial(cifar_resnext, 29, cardinality=16, base_width=64),
+    "densenet_40_12": partial(cifar_densenet, 40, growth_rate=12, bottleneck=False),
+    "densenet_100_12": partial(cifar_densenet, 100, growth_rate=12, bottleneck=False),
+    "densenet_bc_100_12": partial(cifar_densenet, 100, growth_rate=12),
+    "densenet_bc_190_40": partial(cifar_densenet, 190, growth_rate=40),
+    "densenet_bc_250_24": partial(cifar_densenet, 250, growth_rate=24),
     "baseline_cnn": BaselineCNN,
-    "baseline_cnn_20": partial(BaselineCNN, (6, 6, 6), (16, 32, 64), stem_width=16),
+    "baseline_cnn_20": partial(BaselineCNN, depths=(6, 6, 6), widths=(16, 32, 64), stem_width=16),
 }
 
 
@@ -169,10 +183,11 @@ def create_model(name: str, **options: Any) -> Network:
     Args:
         name: one of `list_models()`.
         options: of the net: `ResNet`, `DenseNet` or `BaselineCNN`; `skip=False` builds the net without skips,
-            `stem="cifar"` an ImageNet net for small images.
+            `stem="cifar"` an ImageNet net for small images; `block`, `depths` and `widths` may be others, too.
 
     Raises:
         ValueError: a name that is not in the table; what the net raises.
+        TypeError: an option that no net has.
 
     Example:
         >>> net = create_model("resnet18", stem="cifar", num_classes=10)
@@ -183,4 +198,13 @@ def create_model(name: str, **options: Any) -> Network:
         close = get_close_matches(name, MODELS, n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; list_models() shows them all"
         raise ValueError(f"name must be one of the {len(MODELS)} named nets, got {name!r}{hint}")
+    if asked := {"pretrained", "weights"} & options.keys():
+        raise TypeError(
+            f"create_model draws new weights and takes no {asked.pop()}: resblocks.interop.pretrained({name!r}) "
+            f"builds the net with published ones, resblocks.interop.load copies yours into it"
+        )
+    signatures = [inspect.signature(net).parameters.values() for net in (ResNet, DenseNet, BaselineCNN)]
+    named = [taken.name for taken in chain(*signatures) if taken.kind is not taken.VAR_KEYWORD]
+    of_name = getattr(MODELS[name], "keywords", {})
+    refuse_unknown(options, dict.fromkeys([*of_name, *named, *NetOptions.__annotations__]))
     return MODELS[name](**options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,13 +14,13 @@ from typing_extensions import Unpack
 
 from resblocks.blocks import DenseBlock, Transition
 from resblocks.chain import run_layers
-from resblocks.config import nameless, recorded
+from resblocks.config import nameless, recorded, with_option
 from resblocks.dense_plan import Memory
-from resblocks.init import init_weights, start_weights
+from resblocks.init import init_weights
 from resblocks.layers import Family, Fixup, GlobalAvgPool, Layer, max_pool, named
 from resblocks.options import LayerOptions, Layers, NetOptions, check_positive, check_probability
 from resblocks.rebuild import ACTIVATIONS, Rebuild
-from resblocks.residual import Checkpoint
+from resblocks.residual import Checkpoint, residuals
 from resblocks.watched import is_traced
 
 Block = Callable[..., nn.Module]
@@ -67,7 +68,9 @@ class Network(nn.Module):
         self.pool = GlobalAvgPool()
         self.head: nn.Module
         self.reset_head(num_classes)
-        start_weights(self)
+        self._built_classes = num_classes
+        for block in residuals(self, lambda _, block: isinstance(block.scale, Fixup)).values():
+            block.start_weights()  # once more: only now do they know how many they are
 
     @property
     def config(self) -> dict[str, Any]:
@@ -77,13 +80,18 @@ class Network(nn.Module):
         not among them.
 
         Raises:
-            ValueError: an argument that has no importable name, such as a lambda.
+            ValueError: an argument without an importable name, such as a lambda; a head that `reset_head` did not make.
         """
         call: dict[str, Any] = self.__dict__.get("built_by", {"nameless": "a Network without a class of its own"})
         unsaid = nameless(call)
         if unsaid:
             raise ValueError(f"config needs arguments that can be imported by name, got {', '.join(unsaid)}")
-        return {**call, "options": {**call["options"], "num_classes": self.num_classes}}
+        outputs = 0 if isinstance(self.head, nn.Identity) else getattr(self.head, "out_features", None)
+        if outputs != self.num_classes:
+            raise ValueError(
+                f"config needs a head that reset_head made, with {self.num_classes} outputs, got {self.head}"
+            )
+        return call if outputs == self._built_classes else with_option(call, type(self), "num_classes", outputs)
 
     def reset_head(self, num_classes: int) -> None:
         """Replace the head by a new linear layer, or by nothing with num_classes=0, where and as what the net is.
@@ -94,11 +102,11 @@ class Network(nn.Module):
         if num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {num_classes}")
         self.num_classes = num_classes
-        here = next(self.stages.parameters())
-        linear = (
-            nn.Linear(self.num_features, num_classes, device=here.device, dtype=here.dtype) if num_classes else None
-        )
-        self.head = nn.Identity() if linear is None else linear
+        here = next(self.stages.parameters(), torch.empty(0))
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(self.num_features, num_classes, device=here.device, dtype=here.dtype)
+        self.start_weights()
 
     def start_weights(self) -> None:
         """Tell the Fixup blocks how many they are, and start the head at zero if there are any."""
@@ -107,6 +115,7 @@ class Network(nn.Module):
             fixup.num_blocks = len(fixups)
         if fixups and isinstance(self.head, nn.Linear):
             nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
 
     def init_weights(self) -> None:
         """Draw all weights anew, for instance after `device="meta"` and `to_empty`."""
@@ -180,7 +189,7 @@ class ResNet(Network):
         strides: of the first block of each stage; None is 1, then 2 for each further stage.
         stem: "imagenet" (7x7 stride 2, max-pool), "cifar" (3x3), "deep" (three 3x3, max-pool: ResNet-C, He et al.
             2019), "tiered" (deep with a narrower first 3x3: ResNet-T of timm), or a callable of in_channels and
-            stem_width, whose module may tell its total `stride`.
+            stem_width; its module tells its total `stride`, unless it is an `nn.Sequential` of layers that do.
         stem_width: channels that come out of the stem.
         stem_pool: class or callable of channels and stride in place of the stem's max-pool; None is the max-pool.
         num_classes: outputs of the head; 0 leaves the pooled features.
@@ -396,14 +405,16 @@ def make_stem(
         raise ValueError(f"stem_pool must be None unless the stem has a pool to replace, got stem={stem!r}")
     if callable(stem):
         module = make.build(stem, in_channels, width, option="stem")
-        stride = getattr(module, "stride", 1)
-        return module, stride[0] if isinstance(stride, tuple) else stride
+        return module, total_stride(module)
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(STEMS)} or a callable, got {stem!r}")
     last = {"norm": make.norm(width) if activated else None, "act": make.activation() if activated else None}
     if stem == "cifar":
         return named(conv=make.conv(in_channels, width, 3), **last), 1
-    pooled = make.build(max_pool, 3, stride=2, padding=1) if pool is None else make.build(pool, width, 2)
+    if pool is None:
+        pooled = make.build(max_pool, 3, stride=2, padding=1)
+    else:
+        pooled = make.pooling(pool, width, 2, "stem_pool")
     if stem == "imagenet":
         return named(conv=make.conv(in_channels, width, 7, 2), **last, pool=pooled), 4
     half = max(1, width // 2)
@@ -419,6 +430,19 @@ def make_stem(
         **last,
         pool=pooled,
     ), 4
+
+
+def total_stride(stem: nn.Module) -> int:
+    """Pixels of the input for one that the stem puts out: its attribute `stride`, or the product over a sequence."""
+    if hasattr(stem, "stride"):
+        return stem.stride[0] if isinstance(stem.stride, tuple) else cast(int, stem.stride)
+    if isinstance(stem, nn.Sequential):
+        return prod(total_stride(layer) for layer in stem)
+    if any(total_stride(layer) != 1 for layer in stem.children()):
+        raise ValueError(
+            f"stem must have an attribute stride, its total one, since it holds strided layers, got {stem}"
+        )
+    return 1
 
 
 def make_block(block: Block, in_channels: int, width: int, stride: int, options: dict[str, object]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from typing import cast
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 from typing_extensions import TypedDict
 
-from resblocks.init import init_layer
+from resblocks.init import init_layers
 from resblocks.layers import DropPath, Family, Layer, avg_pool, batch_norm, convolution, instance_norm, max_pool
 from resblocks.residual import Checkpoint
+
+POOLS = cast(tuple[type, ...], (*avg_pool, *max_pool))
 
 
 class LayerOptions(TypedDict, total=False):
@@ -81,7 +84,7 @@ class Layers:
         dtype: torch.dtype | None = None,
         **unknown: object,
     ) -> None:
-        refuse_unknown(unknown, LayerOptions)
+        refuse_unknown(unknown, LayerOptions.__annotations__)
         if dims not in (1, 2, 3):
             raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}")
         self.dims = dims
@@ -98,6 +101,8 @@ class Layers:
             option: the name under which the user gave it, for errors.
         """
         make = layer[self.dims - 1] if isinstance(layer, tuple) else layer
+        if isinstance(make, nn.Module):
+            raise ValueError(f"{option} must be a class or callable that makes layers, got one already made, {make}")
         if not callable(make):
             raise ValueError(f"{option} must be a class or callable that returns a torch.nn.Module, got {make!r}")
         device = torch.get_default_device() if self._device is None else torch.device(self._device)
@@ -108,11 +113,22 @@ class Layers:
                 raise ValueError(f"{option} {make!r} refused the arguments {args}: {error}") from error
         if not isinstance(module, nn.Module):
             raise ValueError(f"{option} must return a torch.nn.Module, got {module!r} from {make!r}")
+        for child in module.modules():
+            _check_dims(child, self.dims, option)
+        module = module.to(dtype=self._dtype)  # before the draw, so that init_weights draws the same
         with device:
-            for child in module.modules():
-                _check_dims(child, self.dims, option)
-                init_layer(child)
-        return module.to(dtype=self._dtype)
+            init_layers(module)
+        return module
+
+    def pooling(self, layer: Layer | Family, channels: int, stride: int, option: str) -> nn.Module:
+        """Make what reduces the resolution of so many channels by the stride."""
+        make = layer[self.dims - 1] if isinstance(layer, tuple) else layer
+        if isinstance(make, type) and issubclass(make, POOLS):
+            raise ValueError(
+                f"{option} must take channels and stride, got {make.__name__}, which takes the size of its window: "
+                f"try resblocks.average_downsample or lambda channels, stride: nn.{make.__name__}(stride)"
+            )
+        return self.build(layer, channels, stride, option=option)
 
     def conv(
         self,
@@ -195,9 +211,7 @@ class BlockLayers(Layers):
         checkpoint: Checkpoint = False,
         **options: object,
     ) -> None:
-        refuse_unknown(
-            {name: value for name, value in options.items() if name not in LayerOptions.__annotations__}, BlockOptions
-        )
+        refuse_unknown(options, BlockOptions.__annotations__)
         super().__init__(**options)  # type: ignore[arg-type]
         check_probability(dropout=dropout, drop_path=drop_path)
         self.shortcut, self.downsample = shortcut, downsample
@@ -218,7 +232,7 @@ class BlockLayers(Layers):
         return (
             None
             if self.downsample is None or stride == 1
-            else self.build(self.downsample, channels, stride, option="downsample")
+            else self.pooling(self.downsample, channels, stride, "downsample")
         )
 
     def strided_conv(
@@ -241,10 +255,10 @@ class BlockLayers(Layers):
         }
 
 
-def refuse_unknown(unknown: dict[str, object], known: type) -> None:
+def refuse_unknown(options: Iterable[str], known: Iterable[str]) -> None:
     """Raise TypeError for an option that does not exist, with the nearest one that does."""
-    names = tuple(known.__annotations__)
-    for name in unknown:
+    names = tuple(known)
+    for name in (option for option in options if option not in names):
         close = get_close_matches(name, names, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise TypeError(f"unknown option {name!r}{hint}; the options are {', '.join(names)}")

@@ -97,6 +97,34 @@ def test_net_of_ones_own_says_its_own_call_and_needs_trust() -> None:
         from_config(net.config)
 
 
+class FixedNet(rb.ResNet):
+    """A net of a user that always has two classes."""
+
+    def __init__(self) -> None:
+        super().__init__(rb.BasicBlock, (1,), (8,), num_classes=2, stem_width=8)
+
+
+@pytest.mark.parametrize("build", [partial(OwnNet, 8, 3), FixedNet])
+def test_config_adds_no_classes_to_the_call(build: Any) -> None:
+    assert twins(from_config(build().config, trust=[__name__]), build())
+
+
+def test_new_head_is_said_where_the_call_gave_the_old_one_or_refused() -> None:
+    net, fixed = OwnNet(8, 3), FixedNet()
+    net.reset_head(5)
+    assert twins(from_config(net.config, trust=[__name__]), net)
+    fixed.reset_head(5)
+    with pytest.raises(ValueError, match="constructor with num_classes to say num_classes=5, FixedNet has none"):
+        _ = fixed.config
+
+
+def test_head_of_ones_own_is_refused() -> None:
+    net = rb.create_model("resnet20")
+    net.head = nn.Linear(64, 3)
+    with pytest.raises(ValueError, match="a head that reset_head made, with 10 outputs, got Linear"):
+        _ = net.config
+
+
 @pytest.mark.parametrize(
     "name",
     ["os:system", "builtins:eval", "torch:load", "torch.nn.modules.module:torch", "resblocks.layers:torch", "x:y"],

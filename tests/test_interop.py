@@ -240,13 +240,6 @@ def test_file_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "never run" not in capsys.readouterr().out
 
 
-def test_pt_file_needs_a_torch_without_the_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save({}, tmp_path / "weights.pt")
-    monkeypatch.setattr(torch, "__version__", "2.9.1")
-    with pytest.raises(RuntimeError, match=r"needs torch 2\.10"):
-        read_weights(tmp_path / "weights.pt")
-
-
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be \.safetensors, \.pt, .* got 'weights\.npz'"):
         read_weights(tmp_path / "weights.npz")
@@ -257,9 +250,22 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read_weights({"epoch": 3})  # type: ignore[dict-item]
 
 
-def test_prefix_of_data_parallel_is_taken_off() -> None:
-    net = create_model("resnet18", num_classes=10)
-    assert load(net, {f"module.{key}": value for key, value in torchvision_net(10).state_dict().items()}) == []
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda model: nn.DataParallel(torch.compile(model))])
+def test_prefix_of_wrappers_is_taken_off(wrap: Any) -> None:
+    net, model = create_model("resnet18", num_classes=10), torchvision_net(10)
+    for source in (wrap(model), wrap(model).state_dict()):
+        assert load(net, source) == []
+        assert torch.equal(net.get_parameter("head.bias"), model.fc.bias)
+
+
+def test_net_without_head_asks_for_drop_head() -> None:
+    net, model = create_model("resnet18", num_classes=0), torchvision_net(10)
+    with pytest.raises(
+        ValueError, match=r"not in the net: head\.bias \(torchvision: fc\.bias\); drop_head=True leaves it"
+    ):
+        load(net, model)
+    assert len(load(net, model, drop_head=True)) == 2
+    assert torch.equal(net.get_parameter("stem.conv.weight"), model.conv1.weight)
 
 
 def test_old_names_of_densenet_files_are_read() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from resblocks import create_model, list_models
+from resblocks import PreActBasicBlock, create_model, list_models, residuals
 from resblocks.models import cifar_densenet, cifar_preact_bottleneck_resnet, cifar_resnet, cifar_resnext, wide_resnet
 
 
@@ -16,6 +16,29 @@ def test_options_override_the_table():
     net = create_model("resnet20", shortcut="B", num_classes=4, device="meta")
     assert net.num_classes == 4
     assert any("shortcut" in name for name in net.state_dict())
+
+
+def test_block_and_widths_override_the_table():
+    net = create_model("resnet20", block=PreActBasicBlock, widths=(16, 24, 32), depths=(1, 1, 1), device="meta")
+    assert net.stage_channels == (16, 24, 32)
+    assert [type(block) for block in residuals(net).values()] == [PreActBasicBlock] * 3
+    assert create_model("densenet121", growth_rate=8, device="meta").stage_channels[0] == 16 + 6 * 8
+    assert create_model("wrn_16_4", widen_factor=2, device="meta").num_features == 128
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"num_clases": 3},
+            r"unknown option 'num_clases' \(did you mean 'num_classes'\?\); the options are ",
+        ),
+        ({"pretrained": True}, r"takes no pretrained: resblocks\.interop\.pretrained\('resnet18'\)"),
+    ],
+)
+def test_unknown_option_raises(options, text):
+    with pytest.raises(TypeError, match=text):
+        create_model("resnet18", **options)
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,91 @@ def test_fixup_knows_the_number_of_blocks_and_starts_its_head_at_zero():
     block, reference = net.stages[0][0].branch, plain.stages[0][0].branch
     torch.testing.assert_close(block.conv1.weight, reference.conv1.weight * 4**-0.5)
     assert not block.conv2.weight.any()
+    net.reset_head(3)
     assert not net.head.weight.any()
+    assert not net.head.bias.any()
+
+
+class Halving(nn.Module):
+    """A scale of a user, which halves what the branch starts with."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, x):
+        return x
+
+    def start_branch(self, branch: nn.Module) -> None:
+        with torch.no_grad():
+            branch.conv2.weight.mul_(0.5)
+
+
+def test_scale_of_ones_own_starts_each_branch_once():
+    torch.manual_seed(0)
+    net = ResNet(BasicBlock, (1,), (8,), stem="cifar", stem_width=8, scale=Halving)
+    torch.manual_seed(0)
+    plain = ResNet(BasicBlock, (1,), (8,), stem="cifar", stem_width=8)
+    torch.testing.assert_close(net.stages[0][0].branch.conv2.weight, plain.stages[0][0].branch.conv2.weight / 2)
+
+
+class ZeroConv(nn.Conv2d):
+    """A convolution of a user that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class ZeroInside(nn.Module):
+    """A layer of a user that sets the start of the layer inside it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.conv.weight)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_layers_of_ones_own_start_by_their_own_rule():
+    net = small(conv=ZeroConv, attention=ZeroInside)
+    for _ in range(2):
+        assert not any(conv.weight.any() for conv in net.modules() if isinstance(conv, nn.Conv2d))
+        net.init_weights()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_init_weights_repeats_construction_in_any_dtype(dtype):
+    torch.manual_seed(0)
+    net = small(dtype=dtype)
+    built = {key: value.clone() for key, value in net.state_dict().items()}
+    torch.manual_seed(0)
+    net.init_weights()
+    assert all(torch.equal(value, built[key]) for key, value in net.state_dict().items())
+
+
+def test_stride_of_a_stem_of_ones_own_is_counted_or_asked_for():
+    def patches(in_channels: int, width: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(in_channels, width, 4, 4), nn.BatchNorm2d(width), nn.ReLU())
+
+    assert small(stem=patches).stage_strides == (4, 8)
+    with pytest.raises(ValueError, match="stem must have an attribute stride, its total one"):
+        small(stem=lambda in_channels, width: nn.ModuleList([patches(in_channels, width)]))
+
+
+def test_block_without_parameters_makes_a_net():
+    class Doubling(nn.Module):
+        def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+            super().__init__()
+            self.out_channels = in_channels
+
+        def forward(self, x):
+            return 2 * x
+
+    assert small(Doubling)(image(3)).shape == (3, 3)
 
 
 @pytest.mark.parametrize(

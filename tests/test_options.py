@@ -227,6 +227,8 @@ def unmade():
         ({"activation": partial(nn.ReLU, inplace=True)}, "activation must work out of place"),
         ({"activation": torch.relu}, "activation .*relu.* refused the arguments"),
         ({"activation": unmade}, "activation must return a torch.nn.Module, got .*relu"),
+        ({"norm": nn.BatchNorm2d(8)}, "norm must be a class or callable that makes layers, got one already made"),
+        ({"downsample": nn.AvgPool2d}, "downsample must take channels and stride, got AvgPool2d, which takes the size"),
         ({"norm": "batch"}, "norm must be a class or callable that returns a torch.nn.Module, got 'batch'"),
         ({"norm": partial(nn.GroupNorm, 32)}, "norm .*GroupNorm.* refused the arguments .16,.: num_channels"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),

@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 from resblocks.interop.words import (
     VOCABULARIES,
@@ -107,7 +106,7 @@ def load(
         else:
             faults.append(f"missing in the source: {names.both(their_key)}")
     known = set(names.theirs.values())
-    faults += [f"not in the net: {names.both(key)}" for key in given if key not in known]
+    faults += [f"not in the net: {names.both(key)}{_hint(names.ours(key), first)}" for key in given if key not in known]
     if faults:
         raise ValueError("source must fit the net, nothing was loaded:\n  " + "\n  ".join(faults))
     net.load_state_dict(new)
@@ -175,18 +174,19 @@ def read_weights(source: Source) -> dict[str, Tensor]:
 
     Raises:
         ValueError: something other than tensors by name, a file of another kind.
-        RuntimeError: a torch whose `weights_only=True` can be broken out of.
     """
     if isinstance(source, nn.Module):
-        return source.state_dict()
-    given = _read_file(Path(source)) if isinstance(source, (str, Path)) else source
+        given: Mapping[str, Tensor] = source.state_dict()
+    else:
+        given = _read_file(Path(source)) if isinstance(source, (str, Path)) else source
     for wrapper in ("state_dict", "model"):
         if isinstance(given.get(wrapper), Mapping):
             given = given[wrapper]  # type: ignore[assignment]
     for key, value in given.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"source must hold tensors by name, got {type(value).__name__} under {key!r}")
-    prefix = "module." if all(key.startswith("module.") for key in given) else ""
+    given = {key.replace("_orig_mod.", ""): tensor for key, tensor in given.items()}  # of torch.compile
+    prefix = "module." if all(key.startswith("module.") for key in given) else ""  # of data-parallel wrappers
     return {_plain_dense_name(key.removeprefix(prefix)): tensor for key, tensor in given.items()}
 
 
@@ -257,11 +257,6 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
         return load_file(path)
     if path.suffix not in (".pt", ".pth", ".bin", ".tar"):
         raise ValueError(f"a file of weights must be .safetensors, .pt, .pth, .bin or .tar, got {path.name!r}")
-    if TorchVersion(torch.__version__) < "2.10":
-        raise RuntimeError(
-            f"a .pt file needs torch 2.10 (before, weights_only=True can be broken out of: CVE-2026-24747), "
-            f"got {torch.__version__}; use .safetensors"
-        )
     given: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(given, Mapping):
         raise ValueError(f"a file of weights must hold tensors by name, got {type(given).__name__} in {path.name!r}")
