@@ -283,8 +283,9 @@ def lesion_study(
 
     Args:
         evaluate: returns the metric of the net that it is given, which is in eval mode, with gradients off.
-        part: "branch" replaces the block by its shortcut, as in the paper (a `Concat` block adds zeros instead of
-            features); "skip" switches its shortcut off.
+        part: "branch" puts zeros in the branch's place, which leaves the shortcut, as in the paper (after a `Concat`,
+            zeros instead of features; after `Gated` and `WeightedAdd`, the shortcut with its weight); "skip" switches
+            the shortcut off.
         where: predicate `where(name, block)`; None takes every block.
 
     Raises:
@@ -385,7 +386,8 @@ def _count_on_meta(
     # Imported here: it costs more time than all of resblocks.
     from torch.utils.flop_counter import FlopCounterMode
 
-    if not input_size or min(input_size) < 1:
+    given: object = input_size
+    if not isinstance(given, Sequence) or not given or min(given) < 1:
         raise ValueError(f"input_size must be positive integers, one sample without the batch, got {input_size!r}")
     # Copies of the tensors on the meta device stand in for the net's own: no arithmetic, no memory, no buffer written.
     tensors = {

@@ -154,8 +154,8 @@ class Network(nn.Module):
             x: the input.
             stages: which stages, counted from 0; None takes all.
 
-        Shape: (N, in_channels, H, W) -> for each stage (N, channels, ceil(H / stride), ceil(W / stride)); the
-            transitions of a DenseNet round down.
+        Shape: (N, in_channels, H, W) -> for each stage (N, channels, ceil(H / stride), ceil(W / stride)); the pools
+            between the stages of `DenseNet` and `BaselineCNN` round down.
 
         Raises:
             ValueError: a stage that the net does not have.

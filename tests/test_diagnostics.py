@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -99,8 +100,8 @@ def test_counting_leaves_a_net_as_it_was_after_an_error() -> None:
     assert_same_state(net, before)
 
 
-@pytest.mark.parametrize("input_size", [(), (3, 0, 8), (3, -1, 8)])
-def test_input_size_that_is_not_positive_raises(input_size: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("input_size", [(), (3, 0, 8), (3, -1, 8), 32])
+def test_input_size_that_is_not_positive_raises(input_size: Any) -> None:
     with pytest.raises(ValueError, match="input_size must be positive integers"):
         count_macs(small_net(), input_size)
 
