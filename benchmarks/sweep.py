@@ -85,10 +85,11 @@ PROGRAMMES: dict[str, tuple[Cell, ...]] = {
     ),
     "digits": cells(["baseline_cnn_bn", "resnet18_noskip", "resnet18"], "digits", seeds=3, dataset="digits"),
     "paper-cpu": cells(["resnet18", "resnet18_noskip", "baseline_cnn_bn"], "r10"),
-    "paper-15-cpu": cells(["resnet18", "resnet18_noskip", "baseline_cnn_bn"], "r10", epochs=15, full_scale_at=0.4),
-    "paper-15-whole-cpu": cells(["resnet18"], "r10", epochs=15, start_scale=1.0, alternate_flip=True),
-    "paper-short-cpu": cells(["resnet18", "resnet18_noskip", "baseline_cnn_bn"], "paper", epochs=5, clip_norm=0.0),
-    "paper-small-cpu": cells(["resnet20", "resnet20_noskip", "baseline_cnn_20"], "paper", epochs=5),
+    "paper-15-cpu": cells(["resnet18"], "r10", epochs=15, full_scale_at=0.4),
+    "paper-15-whole-cpu": cells(
+        ["resnet18", "resnet18_noskip", "baseline_cnn_bn"], "r10", epochs=15, start_scale=1.0, alternate_flip=True
+    ),
+    "paper-short-cpu": cells(["resnet18", "resnet18_noskip"], "paper", epochs=5, clip_norm=0.0),
     "recompressed-cpu": cells(["resnet20"], "r10", seeds=3, dataset="cifar10-recompressed"),
     "degradation-cpu": (*cells(plain_and_residual(20, 56), "r10"), *cells(plain_and_residual(20), "r10", seeds=3)[2:]),
 }
