@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -322,6 +323,18 @@ def test_autocast_has_the_dtypes_of_plain_whether_backward_is_inside_or_not(
         true = truth[name].double()
         apart = [float((value.double() - true).norm() / true.norm()) for value in (ours, plain)]
         assert apart[0] <= 1.5 * apart[1] + 0.01, name
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("kind", [DenseBlock, Transition])
+def test_nan_is_not_lost_in_bfloat16(kind: type[nn.Module], sign: float, training: bool) -> None:
+    for name in [*dict(make(kind).named_parameters()), "x"]:
+        net, x = make(kind).bfloat16().train(training), images(dtype=torch.bfloat16)
+        with torch.no_grad():
+            broken = x if name == "x" else net.get_parameter(name)
+            broken.flatten()[0] = math.copysign(math.nan, sign)
+            assert net(x).isnan().any(), name
 
 
 # --- the plain path where the buffer does not apply
