@@ -57,7 +57,8 @@ def run_block(layers: Iterable[nn.Module], x: Tensor, memory: Memory) -> Tensor 
     if plan is None:
         return None
     if not plan.steps[0].norm.training:
-        return None if torch.is_grad_enabled() else _evaluate(x, plan)
+        drops = any(layer.dropout for layer in plan.layers)
+        return None if torch.is_grad_enabled() or drops else _evaluate(x, plan)
     params = [weight for norm, conv in plan.steps for weight in (norm.weight, norm.bias, conv.weight)]
     out: Tensor = _Block.apply(x, plan, *params)
     _count_batch(plan.moments)
@@ -78,11 +79,12 @@ def run_pool(before: Sequence[nn.Module], pool: nn.Module, x: Tensor, memory: Me
 def _count_batch(moments: Sequence[Moments]) -> None:
     """Let the norms count their batch as their own forward would, a few calls for all of them."""
     by_factor: dict[float, list[Moments]] = {}
+    tracked = [entry for entry in moments if entry.norm.track_running_stats]
     with torch.no_grad():
-        counts = [norm.num_batches_tracked for norm, *_ in moments if norm.num_batches_tracked is not None]
+        counts = [norm.num_batches_tracked for norm, *_ in tracked if norm.num_batches_tracked is not None]
         if counts:
             torch._foreach_add_(counts, 1)
-        for entry in moments:
+        for entry in tracked:
             if entry.norm.running_mean is not None:
                 by_factor.setdefault(_factor(entry.norm), []).append(entry)
         for factor, entries in by_factor.items():
@@ -138,7 +140,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_twice("DenseBlock")
+        _refuse_more("DenseBlock", grad)
         plan: Plan = ctx.plan
         buffer, mean, rstd, *rest = ctx.saved_tensors
         params, saved = rest[: 3 * len(plan.steps)], rest[3 * len(plan.steps) :]
@@ -282,7 +284,7 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_twice("Transition")
+        _refuse_more("Transition", grad)
         x, mean, rstd, gamma, beta = ctx.saved_tensors
         with _autocast_off(x):
             maps = _MapGradients(_Maps(x, mean, rstd), torch.zeros_like(x))
@@ -478,7 +480,7 @@ def _packed(x: Tensor) -> Tensor:
 
 def _spans(x: Tensor) -> Iterator[slice]:
     limit = CPU_CHUNK if x.device.type in ("cpu", "meta") else DEVICE_CHUNK
-    size = max(1, limit * len(x) // (x.numel() * x.element_size()))
+    size = max(1, limit * len(x) // max(1, x.numel() * x.element_size()))
     return (slice(start, start + size) for start in range(0, len(x), size))
 
 
@@ -497,9 +499,9 @@ def _autocast_off(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
-def _refuse_twice(what: str) -> None:
-    if torch.is_grad_enabled():
+def _refuse_more(what: str, grad: Tensor) -> None:
+    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
         raise RuntimeError(
-            f"{what} rebuilds its activations in backward and cannot be differentiated twice (create_graph=True); "
-            f'build it with memory="plain" for that'
+            f"{what} rebuilds its activations in backward and cannot be differentiated twice (create_graph=True) or "
+            f'for several gradients at once (is_grads_batched=True); build it with memory="plain" for that'
         )

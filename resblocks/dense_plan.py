@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from resblocks.layers import avg_pool, batch_norm, convolution
-from resblocks.residual import Concat, Residual
+from resblocks.residual import Concat, Residual, keeps_forward
 from resblocks.watched import is_plain, may_replace
 
 Memory: TypeAlias = Literal["shared", "lean", "plain"]
@@ -128,7 +128,7 @@ def _tuple(size: Any) -> tuple[Any, ...]:
 
 
 def _read_layer(layer: nn.Module, dims: int) -> Layer | None:
-    if not isinstance(layer, Residual) or (type(layer).forward, type(layer).run) != (Residual.forward, Residual.run):
+    if not isinstance(layer, Residual) or not keeps_forward(layer):
         return None
     parts = (layer.preact, layer.shortcut, layer.scale, layer.drop_path, layer.act)
     if layer.checkpoint or not layer.skip or any(type(part) is not nn.Identity for part in parts):
@@ -137,6 +137,8 @@ def _read_layer(layer: nn.Module, dims: int) -> Layer | None:
         return None
     modules = list(layer.branch)
     dropout = modules.pop() if modules and type(modules[-1]) is nn.Dropout else None
+    if isinstance(dropout, nn.Dropout) and dropout.p == 1:
+        return None
     if len(modules) not in (3, 6) or any(type(act) is not nn.ReLU for act in modules[1::3]):
         return None
     steps = [Step(norm, conv) for norm, conv in zip(modules[::3], modules[2::3], strict=True)]
@@ -146,7 +148,7 @@ def _read_layer(layer: nn.Module, dims: int) -> Layer | None:
 
 
 def _is_norm(norm: Any, dims: int) -> bool:
-    return 1 <= dims <= 3 and type(norm) is batch_norm[dims - 1] and is_plain(norm.weight)
+    return 1 <= dims <= 3 and type(norm) is batch_norm[dims - 1] and is_plain(norm.weight) and is_plain(norm.bias)
 
 
 def _is_conv(conv: Any, dims: int) -> bool:

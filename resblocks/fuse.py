@@ -14,9 +14,10 @@ from torch.nn.modules.conv import _ConvNd
 from resblocks.blocks import DenseBlock, Transition
 from resblocks.dense_plan import pool_commutes, window
 from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, FusedStage, affine
-from resblocks.layers import DropPath, FrozenBatchNorm, avg_pool, convolution
+from resblocks.layers import DropPath, FrozenBatchNorm, avg_pool, batch_norm, convolution
 from resblocks.layers import _WeightStandardised as WeightStandardised
-from resblocks.residual import Add, Concat, Residual
+from resblocks.residual import Add, Concat, Residual, keeps_forward
+from resblocks.watched import is_watched
 
 
 def fuse(
@@ -75,7 +76,8 @@ def fuse(
         parameter.requires_grad_(False)
     last = channels_last and any(parameter.dim() == 4 for parameter in fused.parameters())
     if last:
-        fused = fused.to(memory_format=torch.channels_last)
+        for parameter in (parameter for parameter in fused.parameters() if parameter.dim() == 4):
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     if input_size is not None:
         prepack(fused, (batch_size, *input_size), torch.channels_last if last else torch.contiguous_format)
     return fused
@@ -85,7 +87,7 @@ def replace_norms(net: nn.Module) -> None:
     """Put an `Affine` in the place of each norm of kept statistics that is left."""
     for parent in list(net.modules()):
         for name, norm in parent._modules.items():
-            if keeps_statistics(norm) and is_exact(norm):
+            if norm is not None and not is_watched(norm) and keeps_statistics(norm) and is_exact(norm):
                 setattr(parent, name, Affine(norm))
 
 
@@ -94,13 +96,18 @@ HALF = (torch.float16, torch.bfloat16)
 
 def check_sizes(input_size: Sequence[int] | None, batch_size: int) -> None:
     """Raise unless they are of inputs that weights can be laid out for."""
-    if input_size is not None and (not input_size or min(input_size) < 1):
+    if input_size is not None and not is_size(input_size):
         raise ValueError(f"input_size must be positive integers, one sample without the batch, got {input_size!r}")
     if batch_size < 1 or (input_size is None and batch_size != 1):
         raise ValueError(
             f"batch_size must be at least 1, and 1 without input_size, got batch_size={batch_size} "
             f"with input_size={input_size!r}"
         )
+
+
+def is_size(sizes: object) -> bool:
+    """Whether they are positive integers, at least one."""
+    return isinstance(sizes, Sequence) and bool(sizes) and all(isinstance(size, int) and size > 0 for size in sizes)
 
 
 @torch.no_grad()
@@ -145,8 +152,10 @@ class Fuser:
         return self.made[module]
 
     def fused(self, module: nn.Module) -> nn.Module:
-        """What stands for a module whose children are fused."""
-        if isinstance(module, DropPath | nn.Dropout):
+        """What stands for a module whose children are fused; one that somebody watches stays."""
+        if is_watched(module):
+            return module
+        if type(module) in (DropPath, nn.Dropout):
             return nn.Identity()
         if type(module) is nn.Sequential:
             return self.sequence(module)
@@ -170,7 +179,10 @@ def fused_sequence(sequence: nn.Sequential) -> nn.Sequential:
     last: nn.Module | None = None
     for name, layer in sequence._modules.items():
         assert layer is not None
-        if isinstance(last, _ConvNd) and is_foldable(layer, last.out_channels):
+        if is_watched(layer):
+            last = None
+            fused.add_module(name, layer)
+        elif isinstance(last, _ConvNd) and is_foldable(layer, last.out_channels):
             last = FusedConv(last, layer)
             fused[-1] = last
         elif isinstance(last, _ConvNd | FusedConv) and type(layer) is nn.ReLU:
@@ -190,7 +202,8 @@ FUSIBLE = (*convolution, *WeightStandardised.__subclasses__())
 
 def is_fusible(layer: Any) -> bool:
     """Whether it is a convolution that a `FusedConv` can stand for."""
-    return type(layer) in FUSIBLE and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    plain = type(layer) in FUSIBLE and not is_watched(layer)
+    return plain and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def is_foldable(norm: Any, channels: int) -> bool:
@@ -200,8 +213,7 @@ def is_foldable(norm: Any, channels: int) -> bool:
 
 def keeps_statistics(norm: Any) -> bool:
     """Whether it is a batch norm that is an affine in evaluation mode."""
-    batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm | FrozenBatchNorm)
-    return batch_norm and norm.running_mean is not None
+    return type(norm) in (*batch_norm, nn.SyncBatchNorm, FrozenBatchNorm) and norm.running_mean is not None
 
 
 def clamped_sequence(sequence: nn.Sequential) -> nn.Sequential:
@@ -212,6 +224,7 @@ def clamped_sequence(sequence: nn.Sequential) -> nn.Sequential:
         reader = reader_of(layers[at : at + 4])
         if reader is not None:
             scale, shift = affine(layers[at])
+            scale = scale.where(torch.isfinite(shift / scale), 0)  # one too small to clamp by is none
             fused.add_module(name, Clamp(scale, shift, reader.weight.dim() - 2))
             reader.take_in(scale, torch.where(scale == 0, shift.relu(), shift))
             taken.add(at + 1)
@@ -222,7 +235,7 @@ def clamped_sequence(sequence: nn.Sequential) -> nn.Sequential:
 
 def reader_of(layers: list[nn.Module]) -> FusedConv | None:
     """The convolution behind norm, ReLU and perhaps an average pool that can take in the affine of the norm."""
-    if len(layers) < 3 or type(layers[1]) is not nn.ReLU:
+    if len(layers) < 3 or type(layers[1]) is not nn.ReLU or any(is_watched(layer) for layer in layers):
         return None
     norm, _, conv, *rest = layers
     if type(conv) in avg_pool and window(conv) > 0 and rest:
@@ -260,6 +273,9 @@ def fused_dense_block(block: DenseBlock) -> nn.Module:
         around = (layer.preact, layer.shortcut, layer.scale, layer.drop_path, layer.act)
         if any(type(part) is not nn.Identity for part in around) or type(layer.branch) is not nn.Sequential:
             return block
+        watched = any(is_watched(part) for part in (layer, *layer.children()))
+        if watched or not keeps_forward(layer):
+            return block
         last = layer.branch[-1]
         if not isinstance(last, FusedConv):
             return block
@@ -270,13 +286,15 @@ def fused_dense_block(block: DenseBlock) -> nn.Module:
 
 def fused_residual(block: Residual) -> nn.Module:
     """The block with its addition in its last convolution, where the branch ends in one."""
-    sums = block.skip and type(block.merge) is Add and isinstance(block.scale, nn.Identity)
-    branch = block.branch
-    if not sums or not isinstance(branch, nn.Sequential) or not len(branch) or not isinstance(branch[-1], FusedConv):
+    branch, between = block.branch, [type(part) for part in (block.merge, block.scale, block.drop_path)]
+    if not block.skip or not keeps_forward(block) or between != [Add, nn.Identity, nn.Identity]:
+        return block
+    if any(is_watched(part) for part in (branch, block.merge, block.scale, block.drop_path, block.act)):
+        return block
+    if not isinstance(branch, nn.Sequential) or not len(branch) or not isinstance(branch[-1], FusedConv):
         return block
     if branch[-1].relu or type(block.act) not in (nn.ReLU, nn.Identity):
         return block
-    last = branch[-1]
-    last.relu = type(block.act) is nn.ReLU
+    last = branch[-1].rectified() if type(block.act) is nn.ReLU else branch[-1]
     assert block.shortcut is not None
     return FusedResidual(block.preact, branch[:-1], last, block.shortcut)

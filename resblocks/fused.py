@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -31,12 +32,13 @@ class Geometry(NamedTuple):
 class Packed(NamedTuple):
     """A weight as one shape of the input likes it best: oneDNN's layout of it, or what Winograd's algorithm reads.
 
-    The weight is None where there is neither.
+    The weight is None where there is neither; `source` is what it was made of, and the version of that.
     """
 
     shape: tuple[int, ...]
     by_winograd: bool
     weight: Tensor | None
+    source: tuple[Tensor, int | None] | None
 
 
 class Frozen(nn.Module):
@@ -77,7 +79,7 @@ class FusedConv(Frozen):
         self.relu = False
 
     def forward(self, x: Tensor, other: Tensor | None = None, over: bool = False) -> Tensor:
-        packed = self.packed if runs_eagerly(x) else None  # nothing that traces knows the layout
+        packed = self.packed if runs_eagerly(x) and self.is_packed() else None  # nothing that traces knows the layout
         return conv_add_relu(x, self.weight, self.bias, other, self.relu, self.geometry, packed, over)
 
     def pack(self, shape: Sequence[int], by_winograd: bool | None = None) -> None:
@@ -85,10 +87,21 @@ class FusedConv(Frozen):
         fits = fits_winograd(self.weight, shape, self.geometry)
         if by_winograd is None and fits:
             by_winograd = winograd_is_faster(tuple(shape), len(self.weight), torch.get_num_threads())
-        if by_winograd and fits:
-            self.packed = Packed(tuple(shape), True, winograd.transform_weight(self.weight))
-        else:
-            self.packed = Packed(tuple(shape), False, packed_weight(self.weight, shape, self.geometry))
+        quick, source = bool(by_winograd and fits), (self.weight, version_of(self.weight))
+        laid = winograd.transform_weight(self.weight) if quick else packed_weight(self.weight, shape, self.geometry)
+        self.packed = Packed(tuple(shape), quick, laid, source)
+
+    def is_packed(self) -> bool:
+        """Whether the weight is still what was packed."""
+        source = self.packed.source if self.packed else None
+        return source is not None and source[0] is self.weight and source[1] == version_of(self.weight)
+
+    def rectified(self) -> FusedConv:
+        """The same convolution, weights shared, with a ReLU."""
+        twin = copy.copy(self)
+        twin._parameters = dict(self._parameters)
+        twin.relu = True
+        return twin
 
     def take_in(self, scale: Tensor, shift: Tensor) -> None:
         """Read z where `scale * z + shift` was read; the convolution must not pad."""
@@ -112,7 +125,7 @@ class FusedConv(Frozen):
 
     def __getstate__(self) -> dict[str, Any]:
         # The layout belongs to this machine's oneDNN, and torch can neither copy nor save it.
-        return {**self.__dict__, "packed": self.packed and self.packed._replace(weight=None)}
+        return {**self.__dict__, "packed": self.packed and self.packed._replace(weight=None, source=None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -181,8 +194,11 @@ def is_large(x: Tensor) -> bool:
 
 
 def is_unseen(block: nn.Module) -> bool:
-    """Whether nobody could tell that a block writes over what its parts have read."""
-    return not any(is_watched(part) for part in block.modules())
+    """Whether nobody could tell that a block writes over what its parts have read; a stranger may keep it."""
+    return all(type(part).__module__.startswith(KNOWN) and not is_watched(part) for part in block.modules())
+
+
+KNOWN = ("torch.nn.modules.", "resblocks.")
 
 
 class FusedDenseBlock(nn.Sequential):
@@ -287,6 +303,11 @@ def affine(norm: Any) -> tuple[Tensor, Tensor]:
 # --- one operator where torch has it; none of these is part of torch's public interface, so each is tried before use
 
 
+def version_of(x: Tensor) -> int | None:
+    """How often it was changed in place; None where torch does not count."""
+    return None if x.is_inference() else x._version
+
+
 def runs_eagerly(x: Tensor) -> bool:
     """Whether nothing traces and nothing is recorded, so that operators may run that only some backends know."""
     return not is_traced(x) and not (torch.is_grad_enabled() and x.requires_grad)
@@ -307,7 +328,7 @@ def conv_add_relu(
 
     With `over` the result may take the place of `other`.
     """
-    if weight.dim() != 4 or x.dtype != weight.dtype or not runs_eagerly(x):
+    if weight.dim() != 4 or x.dim() != 4 or x.dtype != weight.dtype or not runs_eagerly(x):
         return plain_conv_add_relu(x, weight, bias, other, relu, geometry)
     if x.device.type == "cpu" and has_onednn(x.dtype):
         if packed is not None and packed.weight is not None and packed.shape == x.shape:
@@ -416,8 +437,9 @@ def fits_winograd(weight: Tensor, shape: Sequence[int], geometry: Geometry) -> b
 @torch.no_grad()
 def winograd_is_faster(shape: tuple[int, ...], out_channels: int, threads: int) -> bool:
     """Whether it is, by a tenth at least, in the best of five; `threads` is what the answer depends on besides."""
-    x = torch.ones(shape).contiguous(memory_format=torch.channels_last)
-    weight = torch.ones(out_channels, shape[1], 3, 3)
+    ones = partial(torch.ones, dtype=torch.float32, device="cpu")
+    x = ones(shape).contiguous(memory_format=torch.channels_last)
+    weight = ones(out_channels, shape[1], 3, 3)
     ways = (
         partial(_onednn, x, _reordered(weight, shape, SAME), None, None, False, SAME),
         partial(winograd.convolve, x, winograd.transform_weight(weight), None),

@@ -68,14 +68,14 @@ class Rebuild:
 
     def __init__(self) -> None:
         # By storage, which operators share with the aliases of a tensor that they keep.
-        self._made: WeakKeyDictionary[Any, tuple[_Pair, bool, object]] = WeakKeyDictionary()
+        self._made: WeakKeyDictionary[Any, tuple[_Pair, bool, object, int]] = WeakKeyDictionary()
         self._running: _Pair | None = None
 
     def activate(self, norm: nn.Module, act: nn.Module, x: Tensor, normed: Tensor) -> Tensor:
         """`act(normed)`, where normed is `norm(x)`."""
         pair = _Pair(norm, act, x)
         self._register(pair, normed, type(act) is nn.ReLU)
-        self._running = pair if type(act) in KEEP_RESULT else None
+        self._running = pair
         try:
             with saved_tensors_hooks(self._pack, _unpack):
                 out: Tensor = torch.relu_(normed) if type(act) is nn.ReLU else act(normed)
@@ -94,15 +94,16 @@ class Rebuild:
         return out
 
     def _register(self, pair: _Pair, value: Tensor, activated: bool) -> None:
-        self._made[value.untyped_storage()] = pair, activated, _layout(value)
+        self._made[value.untyped_storage()] = pair, activated, _layout(value), value._version
 
     def _pack(self, tensor: Tensor) -> _Packed:
         found = self._made.get(tensor.untyped_storage())
         if found is not None:
-            pair, activated, layout = found
-            if _layout(tensor) == layout:
+            pair, activated, layout, version = found
+            # A later version is another value, unless the activation itself is at work in place.
+            if _layout(tensor) == layout and (pair is self._running or tensor._version == version):
                 return pair, pair.expect(activated)
-        elif self._running is not None:
+        elif self._running is not None and type(self._running.act) in KEEP_RESULT:
             return self._running, self._running.expect(True)  # the operator keeps its result before it puts it out
         return tensor.detach(), tensor._version  # without its node, which would keep itself alive
 

@@ -17,8 +17,10 @@ def recompute(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> 
 
     Gradients, random masks and running statistics are those of the plain run: the second pass normalises by the
     statistics of the batch like the first, but counts them in no running mean (torch.utils.checkpoint alone updates
-    them twice, pytorch issue 96136).
+    them twice, pytorch issue 96136). Function transforms, which checkpoints do not work under, run plainly.
     """
+    if torch._C._are_functorch_transforms_active():
+        return run(x)
     if torch.compiler.is_compiling():  # the compiler takes the updates of statistics out of what it computes twice
         out: Tensor = checkpoint(run, x, use_reentrant=False)
     else:

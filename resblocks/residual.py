@@ -191,6 +191,11 @@ class Residual(nn.Module):
         return f"{type(self).__name__}({'; '.join(parts if self._skip else [*parts, 'skip=False'])})"
 
 
+def keeps_forward(block: Residual) -> bool:
+    """Whether no subclass has changed what a block does."""
+    return (type(block).forward, type(block).run) == (Residual.forward, Residual.run)
+
+
 def in_words(layer: nn.Module) -> str:
     """A layer, or a sequence of them, in the few words that tell it from its like."""
     if isinstance(layer, nn.Sequential):

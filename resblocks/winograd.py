@@ -45,7 +45,7 @@ def transforms() -> Transforms:
 def _vandermonde(columns: int) -> Tensor:
     rows = [[point**power for power in range(columns)] for point in POINTS]
     at_infinity = [0.0] * (columns - 1) + [1.0]
-    return torch.tensor([*rows, at_infinity], dtype=torch.float64)
+    return torch.tensor([*rows, at_infinity], dtype=torch.float64, device="cpu")
 
 
 def transform_weight(weight: Tensor) -> Tensor:

@@ -325,6 +325,52 @@ def test_autocast_has_the_dtypes_of_plain_whether_backward_is_inside_or_not(
         assert apart[0] <= 1.5 * apart[1] + 0.01, name
 
 
+@pytest.mark.parametrize("memory", LEANS)
+def test_dropout_that_is_on_in_evaluation_drops(memory: str) -> None:
+    block, x = make(dropout=0.5, memory=memory).eval(), images()
+    for layer in block.modules():
+        layer.train(isinstance(layer, nn.Dropout))
+    with torch.no_grad():
+        assert not torch.equal(block(x), block(x))
+
+
+@pytest.mark.parametrize("memory", LEANS)
+@pytest.mark.parametrize("kind", [DenseBlock, Transition])
+def test_statistics_that_are_no_longer_tracked_stay(kind: type[nn.Module], memory: str) -> None:
+    net, x = make(kind, memory=memory), images()
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.track_running_stats = False
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    net(x)
+    assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
+
+
+@pytest.mark.parametrize("memory", LEANS)
+@pytest.mark.parametrize("kind", [DenseBlock, Transition])
+def test_norm_without_bias_is_the_plain_one(kind: type[nn.Module], memory: str) -> None:
+    nets = [make(kind, memory=mode) for mode in (memory, "plain")]
+    for net in nets:
+        for norm in net.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.register_parameter("bias", None)
+    torch.testing.assert_close(*[step(net, images()) for net in nets])
+
+
+def test_block_without_samples_in_evaluation_is_the_plain_one() -> None:
+    with torch.no_grad():
+        assert make().eval()(images(batch=0)).shape == (0, 14, *DIMS[2])
+
+
+def test_dropout_of_everything_has_the_gradients_of_plain() -> None:
+    nets = [make(dropout=0.5, memory=memory) for memory in ("shared", "plain")]
+    for net in nets:
+        for dropout in net.modules():
+            if isinstance(dropout, nn.Dropout):
+                dropout.p = 1.0
+    torch.testing.assert_close(*[step(net, images()) for net in nets])
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("kind", [DenseBlock, Transition])
@@ -507,6 +553,19 @@ def test_differentiating_twice_says_what_to_do(kind: type[nn.Module]) -> None:
         torch.autograd.grad(make(kind, *args)(x).square().sum(), x, create_graph=True)
     (dx,) = torch.autograd.grad(make(kind, *args, memory="plain")(x).square().sum(), x, create_graph=True)
     dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("kind", [DenseBlock, Transition])
+def test_several_gradients_at_once_say_what_to_do(kind: type[nn.Module]) -> None:
+    args, x = (5, 14) if kind is DenseBlock else (5, 2), images().requires_grad_()
+    for memory in ("plain", "shared"):
+        y = make(kind, *args, memory=memory)(x)
+        grads = torch.stack([torch.ones_like(y), torch.zeros_like(y)])
+        if memory == "plain":
+            assert torch.autograd.grad(y, x, grads, is_grads_batched=True)[0].shape == (2, *x.shape)
+        else:
+            with pytest.raises(RuntimeError, match=f'{kind.__name__} .* several gradients at once .* memory="plain"'):
+                torch.autograd.grad(y, x, grads, is_grads_batched=True)
 
 
 def test_memory_that_does_not_exist_raises() -> None:

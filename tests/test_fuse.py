@@ -121,6 +121,95 @@ def test_layers_that_invite_mistakes_give_the_same(build):
         assert relative_error(fuse(net)(x), net(x)) < 1e-5
 
 
+class NormAndReLU(nn.BatchNorm2d):
+    """A norm of another library that is more than a norm."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class AlwaysDropout(nn.Dropout):
+    """A dropout of a user that does something in evaluation, too."""
+
+    def forward(self, x):
+        return x * 2
+
+
+class HalfBlock(rb.BasicBlock):
+    """A block of a user with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class HalfLayer(rb.DenseLayer):
+    """A dense layer of a user with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def dense_block_of(layer):
+    block = rb.DenseBlock(4, 8, growth_rate=4)
+    block[0] = layer(4, 8)
+    return block
+
+
+def shared_branch(*, alone):
+    branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+    first = branch if alone else rb.Residual(branch, act=nn.ReLU())
+    return nn.Sequential(nn.Conv2d(4, 4, 1), first, rb.Residual(branch, act=nn.ReLU()))
+
+
+@pytest.mark.parametrize("build", [
+    lambda: nn.Sequential(nn.Conv2d(4, 4, 1), NormAndReLU(4), nn.Conv2d(4, 4, 1)),
+    lambda: nn.Sequential(nn.Conv2d(4, 4, 1), AlwaysDropout()),
+    lambda: HalfBlock(4, 4),
+    lambda: dense_block_of(HalfLayer),
+    lambda: rb.Residual(nn.Sequential(nn.Conv2d(4, 4, 1)), drop_path=AlwaysDropout()),
+    lambda: shared_branch(alone=True),
+    lambda: shared_branch(alone=False),
+    lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(2), nn.Unflatten(2, (8, 8))),
+])  # fmt: skip
+def test_modules_of_other_libraries_stay_what_they_are(build):
+    net, x = build().eval(), image(4, 8, batch=2)
+    with torch.no_grad():
+        assert relative_error(fuse(net)(x), net(x)) < 1e-5
+
+
+def doubled(module, args, y):
+    return 2 * y
+
+
+@pytest.mark.parametrize("name", [
+    *("stem.conv", "stem.norm", "stem.act", "stages.0.0", "stages.0.0.branch.conv2", "stages.0.0.branch.norm2"),
+    *("stages.0.0.branch", "stages.0.0.merge", "stages.0.0.act", "stages.0.0.scale"),
+])  # fmt: skip
+def test_hooks_go_on_to_be_called(name):
+    net, x = trained("resnet20"), image(3, 16, batch=2)
+    net.get_submodule(name).register_forward_hook(doubled)
+    with torch.no_grad():
+        assert relative_error(fuse(net)(x), net(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["stages.0.block.0", "stages.0.block.0.branch.norm1", "stages.0.block.0.merge"])
+def test_hooks_of_dense_layers_go_on_to_be_called(name):
+    net, x = trained("densenet_40_12"), image(3, 16, batch=2)
+    name = name.replace("block.0", "block." + next(iter(net.stages[0].block._modules)))
+    net.get_submodule(name).register_forward_hook(doubled)
+    with torch.no_grad():
+        assert relative_error(fuse(net)(x), net(x)) < 1e-5
+
+
+def test_scale_too_small_to_divide_by_is_none():
+    net = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
+    x = image(4, 8, batch=2)
+    with torch.no_grad():
+        net[0].weight[:] = torch.tensor([1e-40, -1e-40, 1e-40, 1.0])
+        net[0].bias[:] = torch.tensor([-0.1, 0.1, 0.1, 0.1])
+        assert relative_error(fuse(net)(x), net(x)) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["resnet20", "densenet_bc_100_12"])
 @pytest.mark.parametrize("options", [{}, {"input_size": (3, 16, 16), "batch_size": 2}], ids=["", "prepacked"])
 def test_fused_net_exports_compiles_and_traces(name, options):
@@ -221,6 +310,28 @@ def test_what_hooks_see_of_a_stage_is_not_written_over(written, place):
     assert all(torch.equal(seen, copied) for seen, copied in kept)
 
 
+class Probe(nn.Module):
+    """A part of a user that keeps what it reads."""
+
+    def forward(self, x):
+        self.seen = x
+        self.copied = x.clone()
+        return x
+
+
+def test_input_that_a_stranger_keeps_is_not_written_over(written):
+    blocks = [
+        rb.Residual(nn.Sequential(Probe(), nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64)), act=nn.ReLU())
+        for _ in range(3)
+    ]
+    stage = fuse(nn.Sequential(*blocks).eval())
+    with torch.no_grad():
+        stage(image(64, 32, batch=1).contiguous(memory_format=torch.channels_last))
+    probes = [part for part in stage.modules() if isinstance(part, Probe)]
+    assert len(probes) == 3
+    assert all(torch.equal(probe.seen, probe.copied) for probe in probes)
+
+
 def test_maps_of_a_pyramid_are_not_written_over(written):
     net = trained("resnet50")
     x = image(3, 128, batch=1).contiguous(memory_format=torch.channels_last)
@@ -288,6 +399,54 @@ def test_layouts_follow_the_weights(change):
         assert relative_error(other(x), fast(x)) < 1e-6
 
 
+@pytest.mark.parametrize("change", [
+    lambda conv, weight: conv.weight.copy_(weight),
+    lambda conv, weight: setattr(conv, "weight", nn.Parameter(weight)),
+])  # fmt: skip
+def test_layout_of_another_weight_is_not_used(change):
+    conv, x = nn.Conv2d(64, 64, 3, padding=1, bias=False), image(64, 16, batch=2)
+    fast = fuse(nn.Sequential(conv), input_size=(64, 16, 16), batch_size=2)
+    with torch.no_grad():
+        fast(x)
+        weight = torch.randn_like(conv.weight)
+        change(fast[0], weight)
+        assert relative_error(fast(x), nn.functional.conv2d(x, weight, padding=1)) < 1e-5
+
+
+def test_weights_of_a_functional_call_are_used():
+    conv, x = nn.Conv2d(64, 64, 3, padding=1, bias=False), image(64, 16, batch=2)
+    fast, weight = fuse(nn.Sequential(conv), input_size=(64, 16, 16), batch_size=2), torch.randn_like(conv.weight)
+    with torch.no_grad():
+        y = torch.func.functional_call(fast, {"0.weight": weight}, x)
+        assert relative_error(y, nn.functional.conv2d(x, weight, padding=1)) < 1e-5
+
+
+def test_defaults_of_torch_do_not_matter():
+    net, x = trained("resnet18", stem="cifar"), image(3, 16, batch=2)
+    fused.winograd_is_faster.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        fast = fuse(net, input_size=(3, 16, 16), batch_size=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        assert relative_error(fast(x), net(x)) < 1e-5
+
+
+def test_one_sample_without_a_batch_and_nets_of_several_dims_work():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()).eval()
+    mixed = nn.ModuleList([net, nn.Sequential(nn.Conv3d(4, 4, 3), nn.ReLU())]).eval()
+    x = image(4, 8, batch=1)[0]
+    with torch.no_grad():
+        assert relative_error(fuse(net)(x), net(x)) < 1e-5
+        assert (
+            relative_error(
+                fuse(mixed)[1](x[None, :, None].expand(1, 4, 3, 8, 8)), mixed[1](x[None, :, None].expand(1, 4, 3, 8, 8))
+            )
+            < 1e-5
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_prepacked_net_is_right_in_every_dtype(dtype):
     net, x = trained("resnet20"), image(3, 16, batch=2)
@@ -326,6 +485,8 @@ def test_layouts_do_not_leave_the_cpu():
 
 @pytest.mark.parametrize(("sizes", "message"), [
     ({"input_size": ()}, r"input_size must be positive integers, one sample without the batch, got \(\)"),
+    ({"input_size": 224}, "input_size must be positive integers, one sample without the batch, got 224"),
+    ({"input_size": (3, 8.0, 8)}, r"input_size must be positive integers, .* got \(3, 8.0, 8\)"),
     ({"input_size": (3, 0, 8)}, r"input_size must be positive integers, .* got \(3, 0, 8\)"),
     ({"input_size": (3, 8, 8), "batch_size": 0}, "batch_size must be at least 1.* got batch_size=0"),
     ({"batch_size": 8}, "batch_size must be .* 1 without input_size, got batch_size=8 with input_size=None"),

@@ -153,6 +153,28 @@ def test_change_in_place_before_backward_raises(what):
         y.backward()
 
 
+class Doubled(nn.Module):
+    """A layer of a user that works in place."""
+
+    def forward(self, x):
+        return x.mul_(2)
+
+
+@pytest.mark.parametrize("layer", [Doubled, lambda: nn.Dropout(0.5, inplace=True)])
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.Mish])
+def test_layers_that_work_in_place_behind_the_activation_give_the_same(activation, layer):
+    grads = []
+    for checkpoint in (False, "norms"):
+        torch.manual_seed(0)
+        conv = partial(nn.Conv2d, 8, 8, 1)
+        block = rb.Residual(
+            nn.Sequential(conv(), nn.BatchNorm2d(8), activation(), layer(), conv()), checkpoint=checkpoint
+        )
+        block(image(8, 4)).square().sum().backward()
+        grads.append([weight.grad for weight in block.parameters()])
+    torch.testing.assert_close(*grads)
+
+
 def hooks(seen):
     yield "forward", lambda m: m.register_forward_hook(lambda *a: seen.append(a[-1].clone()))
     yield "backward", lambda m: m.register_full_backward_hook(lambda *a: seen.append(a[-1][0].clone()))

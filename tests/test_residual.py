@@ -186,3 +186,12 @@ def test_block_prints_on_one_line():
     )
     assert repr(BasicBlock(8, 8, skip=False)).endswith("act: ReLU; skip=False)")
     assert len(repr(rb.create_model("resnet50", device="meta")).splitlines()) < 16 + 25
+
+
+def test_recomputed_block_works_under_function_transforms() -> None:
+    plain = BasicBlock(4, 4).eval()
+    again = BasicBlock(4, 4, checkpoint=True).eval()
+    again.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4, 5, 5)
+    grads = [torch.func.grad(lambda x, block=block: block(x).square().sum())(x) for block in (plain, again)]
+    torch.testing.assert_close(*grads)
