@@ -19,9 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 from scipy import stats
 
 from resblocks.training import Result, draw_figures, get_recipe
-from resblocks.training.experiment import title
 from resblocks.training.figures import draw_depths
 from resblocks.training.files import write_atomic
+from resblocks.training.recipe import whole_recipe
+from resblocks.training.result import title
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = sweep.RUNS
@@ -47,7 +48,7 @@ def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         dataset, recipe, precision = (run["settings"][name] for name in ("dataset", "recipe", "precision"))
-        key = json.dumps([dataset, sweep.whole_recipe(recipe), precision, run["environment"]["device"]], sort_keys=True)
+        key = json.dumps([dataset, whole_recipe(recipe), precision, run["environment"]["device"]], sort_keys=True)
         found.setdefault(key, []).append(run)
     return list(found.values())
 
@@ -79,6 +80,8 @@ def caption(group: list[dict[str, Any]]) -> str:
     """What all runs of a table have in common."""
     settings, environment = group[0]["settings"], group[0]["environment"]
     recipe, seeds = settings["recipe"], sorted({run["settings"]["seed"] for run in group})
+    used = sorted({run["environment"]["threads"] * run["environment"]["processes"] for run in group})
+    threads = f"{' or '.join(map(str, used))} thread{'s' * (used != [1])}"
     commits = sorted({str(run["environment"]["commit"])[:9] for run in group})
     tta = "no test-time augmentation" if recipe["tta"] == "none" else f"test-time augmentation: {recipe['tta']}"
     usual = get_recipe(recipe["name"]).as_dict()
@@ -87,7 +90,7 @@ def caption(group: list[dict[str, Any]]) -> str:
     return (
         f"{settings['dataset']['name']}, {settings['dataset']['split']} set, recipe `{recipe['name']}` with "
         f"{recipe['epochs']} epochs of batch {recipe['batch_size']}, {''.join(changed)}{tta}, {settings['precision']}, "
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, last epoch; {environment['device']}, "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, last epoch; {environment['device']}, {threads}, "
         f"torch {environment['versions']['torch']}, commit {', '.join(commits)}."
     )
 

@@ -30,6 +30,7 @@ from resblocks.training.data import Dataset
 from resblocks.training.device import COMPILE_MODES
 from resblocks.training.experiment import build_net
 from resblocks.training.files import write_json
+from resblocks.training.recipe import whole_recipe
 
 RUNS = Path(__file__).resolve().parent / "results" / "runs"
 PAPERS_NETS = ("resnet18", "resnet18_noskip", "baseline_cnn", "baseline_cnn_bn")
@@ -69,8 +70,8 @@ def plain_and_residual(*depths: int) -> list[str]:
 
 # Each programme makes tables and figures of the site. Those that end in -cpu are what two CPU cores can do.
 PROGRAMMES: dict[str, tuple[Cell, ...]] = {
-    "paper": cells(PAPERS_NETS, "paper", seeds=3, epochs=30),
-    "paper-without-clipping": cells(PAPERS_NETS[:2], "paper", epochs=30, clip_norm=0.0),
+    "paper": cells(PAPERS_NETS, "paper", seeds=3, epochs=30, cutout=12),
+    "paper-without-clipping": cells(PAPERS_NETS[:2], "paper", epochs=30, cutout=12, clip_norm=0.0),
     "recipes": (
         *cells(["resnet18"], "r26", seeds=3, tta="flip"),
         *cells(["resnet18"], "r80", tta="flip"),
@@ -128,11 +129,6 @@ def wanted(cell: Cell, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def whole_recipe(written: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of a run's file: a run from before an option existed had its default."""
-    return Recipe().as_dict() | written
-
-
 def is_finished(file: Path, cell: Cell, dataset: Dataset) -> bool:
     """Whether the file holds that run, diverged or not: the same run again would end in the same way.
 
@@ -141,7 +137,10 @@ def is_finished(file: Path, cell: Cell, dataset: Dataset) -> bool:
     """
     if not file.exists():
         return False
-    found = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it, and the run is made again") from error
     for name, value in wanted(cell, dataset).items():
         there = found["settings"][name]
         if name == "recipe":

@@ -19,12 +19,9 @@ from resblocks.training import (
     PAPER,
     RECIPES,
     Ranks,
-    draw_figures,
     get_recipe,
     load_dataset,
-    results_table,
-    run_variants,
-    write_results,
+    run_experiment,
 )
 
 
@@ -41,9 +38,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
     parser.add_argument("--batch-size", type=int, help="over all processes (default: the recipe's)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the recipe's)")
-    parser.add_argument(
-        "--cutout", type=int, help="side of the square, 0 is off (default: the recipe's, 12 in paper from 20 epochs on)"
-    )
+    parser.add_argument("--cutout", type=int, help="side of the square, 0 is off (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
@@ -65,7 +60,7 @@ def main() -> None:
         name, epochs=options.epochs, batch_size=options.batch_size, lr=options.lr, cutout=options.cutout
     )
     dataset = ranks.first_then_all(lambda: load_dataset(options.dataset, options.data_dir))
-    results = run_variants(
+    run_experiment(
         options.models or usual,
         dataset,
         recipe,
@@ -77,17 +72,11 @@ def main() -> None:
         tensorboard=options.tensorboard,
         ranks=ranks,
     )
-    if ranks.is_first:
-        write_results(out / "results.json", results)
-        figures = draw_figures(results, out)
-        print(f"\n{dataset.name}, {dataset.split} set, last of {recipe.epochs} epochs, recipe {recipe.name}\n")
-        print(results_table(results, on_cifar10=options.dataset == "cifar10"))
-        print(f"\n{out / 'results.json'} and {len(figures)} figures in {out}")
     ranks.close()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")

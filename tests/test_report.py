@@ -29,7 +29,13 @@ def finished(model: str, seed: int, accuracy: float, **recipe: object) -> dict[s
             "precision": "bfloat16",
             "seed": seed,
         },
-        "environment": {"device": "cpu", "versions": {"torch": "2.15.0"}, "commit": "0123456789abcdef"},
+        "environment": {
+            "device": "cpu",
+            "threads": 1,
+            "processes": 1,
+            "versions": {"torch": "2.15.0"},
+            "commit": "0123456789abcdef",
+        },
         "epochs": [{**epoch, "epoch": 1, "eval_accuracy_percent": 10.0}, {**epoch, **last, "epoch": 2}],
         "gradients": [{"epoch": number, "layers": layers} for number in range(3)],
     }

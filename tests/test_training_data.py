@@ -24,7 +24,11 @@ def _colour(index: int) -> tuple[int, int, int]:
 
 
 def _write_tree(
-    root: Path, classes: tuple[str, ...] = ("cat", "dog"), kind: str = "png", count: int = 3, size: int = 6
+    root: Path,
+    classes: tuple[str, ...] = ("cat", "dog"),
+    kind: str = "png",
+    count: int = 3,
+    size: tuple[int, int] = (6, 8),
 ) -> Path:
     """Images of one colour that says class and part."""
     for part, offset in (("train", 0), ("test", 1)):
@@ -32,7 +36,7 @@ def _write_tree(
             folder = root / part / name
             folder.mkdir(parents=True)
             for number in range(count - offset):
-                image = Image.new("RGB", (size, size + 2), _colour(index))
+                image = Image.new("RGB", size, _colour(index))
                 image.save(folder / f"{number:04}.{kind}", **({"quality": 75} if kind == "jpg" else {}))
     return root
 
@@ -96,9 +100,40 @@ def test_a_cache_without_its_digest_is_not_trusted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "name"), [("jpg", "CIFAR-10 (JPEG q75)"), ("png", "CIFAR-10 (PNG)")])
 def test_name_says_what_the_images_went_through(kind: str, name: str, tmp_path: Path) -> None:
-    tree = _write_tree(tmp_path / "tree", CIFAR_CLASSES, kind)
+    tree = _write_tree(tmp_path / "tree", CIFAR_CLASSES, kind, size=(32, 32))
     data = load_cifar10(tree, download=False, cache_dir=tmp_path / "cache")
     assert (data.name, data.classes) == (name, CIFAR_CLASSES)
+
+
+def test_images_of_another_size_are_not_cifar(tmp_path: Path) -> None:
+    tree = _write_tree(tmp_path / "tree", CIFAR_CLASSES)
+    with pytest.raises(RuntimeError, match=r"images of \(3, 8, 6\), those of CIFAR-10 are \(3, 32, 32\).*folder"):
+        load_cifar10(tree, download=False, cache_dir=tmp_path / "cache")
+
+
+def test_links_to_folders_are_followed_and_broken_ones_left_out(tmp_path: Path) -> None:
+    tree = _write_tree(tmp_path / "pets")
+    for part in ("train", "test"):
+        (tree / part / "fox").symlink_to(tree / part / "dog")
+        (tree / part / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    data = load_folder(tree, cache_dir=tmp_path / "cache")
+    assert data.classes == ("cat", "dog", "fox")
+    assert len(data.train_images) == 9
+
+
+def test_files_that_are_left_out_are_said(tmp_path: Path) -> None:
+    tree = _write_tree(tmp_path / "pets")
+    (tree / "train" / "cat" / "more").mkdir()
+    Image.new("RGB", (6, 8)).save(tree / "train" / "cat" / "more" / "1.png")
+    Image.new("RGB", (6, 8)).save(tree / "test" / "cat" / "2.tif")
+    with pytest.warns(UserWarning, match=r"2 files of .*pets are left out, .*: no images \.jpg"):
+        assert len(load_folder(tree, cache_dir=tmp_path / "cache").train_images) == 6
+
+
+def test_grey_images_among_coloured_ones_become_coloured(tmp_path: Path) -> None:
+    tree = _write_tree(tmp_path / "pets")
+    Image.new("L", (6, 8), 7).save(tree / "train" / "cat" / "0000.png")
+    assert load_folder(tree, cache_dir=tmp_path / "cache").train_images[0].unique().tolist() == [7]
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.9])
@@ -125,6 +160,14 @@ def _odd_size(tree: Path) -> None:
     Image.new("RGB", (9, 9)).save(tree / "train" / "dog" / "0001.png")
 
 
+def _deep_image(tree: Path) -> None:
+    Image.new("I;16", (6, 8)).save(tree / "train" / "dog" / "0001.png")
+
+
+def _second_place(tree: Path) -> None:
+    _write_tree(tree / "backup")
+
+
 def _broken_image(tree: Path) -> None:
     file = tree / "train" / "dog" / "0001.png"
     file.write_bytes(file.read_bytes()[:40])
@@ -136,7 +179,9 @@ def _broken_image(tree: Path) -> None:
         (_empty, "holds no images in train/<class>/ and test/<class>/: --data-dir needs"),
         (_one_class_less, "the classes of train/ and test/ differ: dog in only one of them"),
         (_odd_size, r"all images must have one size, 0000.png is \(3, 8, 6\), 0001.png is \(3, 9, 9\)"),
-        (_broken_image, "dog/0001.png is not a readable image"),
+        (_broken_image, "dog/0001.png is not an image that can be used"),
+        (_deep_image, "dog/0001.png is not an image that can be used .its pixels have more than 8 bits, mode I;16"),
+        (_second_place, r"holds train/ and test/ in more than one place \(., backup\)"),
     ],
 )
 def test_faulty_trees_are_refused(fault, message: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

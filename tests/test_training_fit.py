@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import runpy
 import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,20 @@ import resblocks.training.__main__ as entry
 from resblocks.training import (
     PAPER,
     Dataset,
+    Diverged,
+    FolderLock,
     Recipe,
     Result,
+    SomeDiverged,
     build_net,
     draw_figures,
+    environment,
+    experiment,
     fit,
     load_digits,
     load_weights,
     results_table,
+    run_experiment,
     run_variants,
 )
 from resblocks.training.augment import draw_first_flips, normalise
@@ -213,7 +221,8 @@ def test_out_of_memory_says_the_batch_size(error: RuntimeError, tmp_path: Path) 
 def test_other_errors_come_through_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         tiny_fit(tmp_path, nn.Sequential(nn.Flatten(), nn.Linear(5, 3)))
-    assert not (tmp_path / "lock").exists()
+    with FolderLock(tmp_path):
+        pass
 
 
 def test_meter_remembers_the_first_bad_step() -> None:
@@ -411,9 +420,64 @@ def test_variants_are_the_papers_nets(variant: str, params: int) -> None:
 def test_wrong_name_stops_before_the_first_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="resnet19"):
         run_variants(["resnet20", "resnet19"], load_digits(), Recipe(), out=tmp_path)
-    with pytest.raises(ValueError, match="models must differ"):
-        run_variants(["resnet20", "resnet20"], load_digits(), Recipe(), out=tmp_path)
+    for wrong in (["resnet20", "resnet20"], []):
+        with pytest.raises(ValueError, match="models must be at least one, and differ from each other"):
+            run_variants(wrong, load_digits(), Recipe(), out=tmp_path)
+    with pytest.raises(ValueError, match="small_maps needs a 3x3"):
+        run_variants(["resnet18", "resnet20"], load_digits(), Recipe(), out=tmp_path, small_maps=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_net_that_diverges_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fit_or_diverge(*args: Any, name: str, **options: Any) -> Result:
+        if name == "resnet20":
+            raise Diverged("the loss of resnet20 was NaN")
+        return fit(*args, name=name, **options)
+
+    monkeypatch.setattr(experiment, "fit", fit_or_diverge)
+    names, recipe = ["resnet20", "resnet20_noskip"], replace(RECIPE, epochs=1)
+    with pytest.raises(SomeDiverged, match="the loss of resnet20 was NaN"):
+        run_experiment(names, tiny_dataset(), recipe, out=tmp_path, gradients=False, progress=False)
+    assert "resnet20 without skips" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert result["name"] == "resnet20_noskip"
+
+
+def test_net_is_in_evaluation_mode_after_a_run_and_after_the_same_call(tmp_path: Path) -> None:
+    for _ in range(2):
+        net = tiny_net().train()
+        tiny_fit(tmp_path, net)
+        assert not any(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("option", ["checkpoint_steps", "checkpoint_seconds"])
+def test_negative_intervals_are_refused(option: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be at least 0, got -1"):
+        tiny_fit(tmp_path, **{option: -1})
+
+
+def test_commit_is_that_of_the_source_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
+    run(["git", "init"])
+    run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "something else"])
+    source = tmp_path / "package" / "environment.py"
+    source.parent.mkdir()
+    source.write_text("")
+    monkeypatch.setattr(environment, "__file__", str(source))
+    assert environment.commit() is None
+    run(["git", "add", "package"])
+    run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "the source"])
+    assert re.fullmatch("[0-9a-f]{40}", str(environment.commit()))
+
+
+def test_torn_line_of_the_log_does_not_take_the_next_one_with_it(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"event": "start"}\n{"eve')
+    tiny_fit(tmp_path)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert lines[1] == '{"eve'
+    assert json.loads(lines[2])["event"] == "start"
 
 
 def _example(monkeypatch: pytest.MonkeyPatch, out: Path, *more: str) -> None:

@@ -89,12 +89,6 @@ def test_recipes_are_those_of_their_sources(name: str, expected: dict[str, objec
     assert recipe.tta == "none"
 
 
-def test_a_long_paper_run_gets_cutout_unless_told_otherwise() -> None:
-    assert get_recipe("paper", epochs=20).cutout == 12
-    assert get_recipe("paper", epochs=19).cutout == 0
-    assert get_recipe("paper", epochs=30, cutout=0).cutout == 0
-
-
 def test_recipe_survives_json() -> None:
     for name in RECIPES:
         recipe = get_recipe(name, lr=0.3, cutout=5)

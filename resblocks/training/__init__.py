@@ -14,7 +14,15 @@ from resblocks.training.data import (
     load_digits,
     load_folder,
 )
-from resblocks.training.experiment import PAPER, build_net, results_table, run_variants, write_results
+from resblocks.training.experiment import (
+    PAPER,
+    SomeDiverged,
+    build_net,
+    results_table,
+    run_experiment,
+    run_variants,
+    write_results,
+)
 from resblocks.training.figures import draw_figures
 from resblocks.training.files import FolderLock
 from resblocks.training.fit import Diverged, fit
@@ -34,6 +42,7 @@ __all__ = [
     "Ranks",
     "Recipe",
     "Result",
+    "SomeDiverged",
     "augment",
     "build_net",
     "cutout",
@@ -51,6 +60,7 @@ __all__ = [
     "load_weights",
     "normalise",
     "results_table",
+    "run_experiment",
     "run_variants",
     "save_checkpoint",
     "save_weights",

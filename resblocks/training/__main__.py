@@ -12,8 +12,7 @@ from typing import Any
 
 from resblocks.training.data import DATASETS, load_dataset
 from resblocks.training.device import COMPILE_MODES
-from resblocks.training.experiment import results_table, run_variants, write_results
-from resblocks.training.figures import draw_figures
+from resblocks.training.experiment import run_experiment
 from resblocks.training.ranks import Ranks
 from resblocks.training.recipe import RECIPES, Recipe, get_recipe
 
@@ -156,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if config.validation:
         dataset = dataset.with_validation(config.validation, config.seed)
     names = (
+        "seed",
         "device",
         "precision",
         "compile",
@@ -171,18 +171,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "progress",
     )
     options = {name: getattr(config, name) for name in names}
-    results = run_variants(config.models, dataset, recipe, out=config.out, seed=config.seed, ranks=ranks, **options)
-    if ranks.is_first:
-        write_results(config.out / "results.json", results)
-        draw_figures(results, config.out, ("png", "svg") if config.svg else ("png",))
-        about = f"last of {recipe.epochs} epochs, recipe {recipe.name}, TTA {recipe.tta}, seed {config.seed}"
-        print(f"\n{dataset.name}, {dataset.split} set, {about}\n")
-        print(results_table(results, on_cifar10=config.dataset == "cifar10"))
+    formats = ("png", "svg") if config.svg else ("png",)
+    run_experiment(config.models, dataset, recipe, out=config.out, formats=formats, ranks=ranks, **options)
     ranks.close()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")

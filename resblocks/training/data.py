@@ -142,7 +142,7 @@ def load_folder(path: str | Path, *, name: str | None = None, cache_dir: str | P
     Decoding is done once and kept in `cache_dir` (default: resblocks in the user's cache folder).
     """
     tree = sources.read_tree(Path(path), cache_dir)
-    return Dataset(name or Path(path).name.split(".")[0], tree.classes, *tree.tensors)
+    return Dataset(name or sources.stem(Path(path)), tree.classes, *tree.tensors)
 
 
 def load_cifar10(data_dir: str | Path = "data", download: bool = True, cache_dir: str | Path | None = None) -> Dataset:
@@ -166,11 +166,15 @@ def _load_cifar(
     if found := official.find(data_dir):
         return Dataset(title, *official.read(found))
     if sources.is_tree(data_dir):
-        tree = sources.read_tree(data_dir, cache_dir)
+        tree, other = sources.read_tree(data_dir, cache_dir), "give the right --data-dir, or --dataset folder"
         if len(tree.classes) != official.num_classes:
             raise RuntimeError(
-                f"{data_dir} has {len(tree.classes)} classes where {title} has {official.num_classes}: "
-                f"give the right --data-dir, or --dataset folder"
+                f"{data_dir} has {len(tree.classes)} classes where {title} has {official.num_classes}: {other}"
+            )
+        images = tree.tensors[0]
+        if images.shape[1:] != (3, 32, 32):
+            raise RuntimeError(
+                f"{data_dir} has images of {tuple(images.shape[1:])}, those of {title} are (3, 32, 32): {other}"
             )
         return Dataset(f"{title} ({tree.encoding})", tree.classes, *tree.tensors)
     options = (
@@ -190,17 +194,9 @@ def _load_cifar(
         ) from error
 
 
-def _digits(data_dir: Path, download: bool, cache_dir: str | Path | None) -> Dataset:
-    return load_digits()
-
-
-def _folder(data_dir: Path, download: bool, cache_dir: str | Path | None) -> Dataset:
-    return load_folder(data_dir, cache_dir=cache_dir)
-
-
 DATASETS: dict[str, Callable[[Path, bool, str | Path | None], Dataset]] = {
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
-    "digits": _digits,
-    "folder": _folder,
+    "digits": lambda data_dir, download, cache_dir: load_digits(),
+    "folder": lambda data_dir, download, cache_dir: load_folder(data_dir, cache_dir=cache_dir),
 }

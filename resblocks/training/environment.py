@@ -23,7 +23,7 @@ def environment(device: torch.device, ranks: int = 1) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": _command(),
         "commit": commit(),
         "versions": versions,
         "device": _device_name(device),
@@ -33,23 +33,27 @@ def environment(device: torch.device, ranks: int = 1) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the source that runs, with "+changes" where files differ from it; None outside a checkout."""
-    folder = Path(__file__).resolve().parent
+    """The commit of the source that runs, with "+changes" where files differ from it; None outside a checkout of it."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(
+            command, cwd=here.parent, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.strip()
+
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
-        )
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--", str(folder.parent)],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
+        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie in the checkout of something else
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "..") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _command() -> str:
+    """How the programme was started, without the folders of its file."""
+    first = Path(sys.argv[0])
+    start = ["python", "-m", __package__] if first.name == "__main__.py" else [first.name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,24 @@ import torch
 from resblocks import Network, create_model
 
 from .data import Dataset
+from .figures import draw_figures
 from .files import write_json
-from .fit import fit
+from .fit import Diverged, fit
 from .ranks import Ranks
 from .recipe import Recipe
-from .result import Result
+from .result import Result, title
+from .small_maps import small_map_products
 
 # CIFAR-10 test accuracy in percent: arXiv 2510.24036, abstract; the net without skips after a report that quotes it.
 PAPER = {"baseline_cnn": 84.1, "resnet18_noskip": 86.0, "resnet18": 89.9}
-TITLES = {
-    "baseline_cnn": "Baseline CNN",
-    "baseline_cnn_bn": "Baseline CNN with batch norm",
-    "resnet18_noskip": "ResNet-18 without skips",
-    "resnet18": "ResNet-18",
-}
 
 
-def title(variant: str) -> str:
-    """A variant in words."""
-    return TITLES.get(variant) or variant.replace("_noskip", " without skips").replace("_bn", " with batch norm")
+class SomeDiverged(Diverged):
+    """Some nets of an experiment diverged; `results` are those of the others."""
+
+    def __init__(self, failures: list[Diverged], results: list[Result]) -> None:
+        super().__init__("\n".join(map(str, failures)))
+        self.results = results
 
 
 def build_net(variant: str, dataset: Dataset, seed: int = 0) -> Network:
@@ -67,19 +67,66 @@ def run_variants(
     """`fit` each variant in its own folder `out/<variant>`; those that are finished are not run again.
 
     All names are tried before the first training starts. `options` are those of `fit`.
+
+    Raises:
+        ValueError: no variants, or one twice; what `fit` raises.
+        SomeDiverged: after all were trained.
     """
     variants = list(variants)
-    if len(set(variants)) < len(variants):
-        raise ValueError(f"models must differ from each other, got {', '.join(variants)}")
+    if not variants or len(set(variants)) < len(variants):
+        raise ValueError(
+            f"models must be at least one, and differ from each other, got {', '.join(variants) or 'none'}"
+        )
     with torch.device("meta"):
         for variant in variants:
-            build_net(variant, dataset)
-    results = []
+            net = build_net(variant, dataset)
+            with small_map_products(net) if options.get("small_maps") else nullcontext():
+                pass
+    results, failures = [], []
     for variant in variants:
-        net = build_net(variant, dataset, seed)
-        results.append(
-            fit(net, dataset, recipe, out=Path(out) / variant, name=variant, seed=seed, ranks=ranks, **options)
-        )
+        net, folder = build_net(variant, dataset, seed), Path(out) / variant
+        try:
+            results.append(fit(net, dataset, recipe, out=folder, name=variant, seed=seed, ranks=ranks, **options))
+        except Diverged as error:
+            failures.append(error)
+    if failures:
+        raise SomeDiverged(failures, results)
+    return results
+
+
+def run_experiment(
+    variants: Iterable[str],
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    formats: Sequence[str] = ("png",),
+    ranks: Ranks | None = None,
+    **options: Any,
+) -> list[Result]:
+    """`run_variants`; then results.json and figures in `out` and a printed table, also where some diverged.
+
+    Args:
+        formats: of the figures.
+        options: of `run_variants`.
+
+    Raises: as `run_variants`.
+    """
+    ranks, failed = ranks or Ranks(), None
+    try:
+        results = run_variants(variants, dataset, recipe, out=out, ranks=ranks, **options)
+    except SomeDiverged as error:
+        results, failed = error.results, error
+    if ranks.is_first and results:
+        write_results(Path(out) / "results.json", results)
+        figures = draw_figures(results, out, formats)
+        about = f"last of {recipe.epochs} epochs, recipe {recipe.name}, TTA {recipe.tta}"
+        print(f"\n{dataset.name}, {dataset.split} set, {about}, seed {options.get('seed', 0)}\n")
+        is_papers = dataset.split == "test" and dataset.name.partition(" ")[0] == "CIFAR-10"
+        print(results_table(results, on_cifar10=is_papers))
+        print(f"\n{Path(out) / 'results.json'} and {len(figures)} figures in {out}")
+    if failed:
+        raise failed
     return results
 
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .experiment import title
 from .extras import require
 from .files import write_atomic
-from .result import Result
+from .result import Result, title
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the line style and the marker repeat what they say.
 _LOOKS: dict[str, dict[str, Any]] = {

@@ -7,11 +7,10 @@ import hashlib
 import json
 import os
 import socket
-import time
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, TextIO
 
 _TEMPORARY = ".tmp-"  # prefix of files under way; what a killed writer left is found, and removed, by it
 
@@ -109,17 +108,16 @@ def remove_leftovers(folder: Path) -> None:
 class FolderLock:
     """One run for one folder: `with FolderLock(folder): ...`.
 
-    The lock is a file created with O_EXCL that names process and host. A lock whose process is dead on this very host
-    is taken over (a killed run must be able to go on); one of another host is respected, since nobody can ask there.
+    The lock is the operating system's, on a file in the folder that names process and host: it goes with the process,
+    however that ends, so a killed run can go on at once. The file stays.
 
     Raises:
-        RuntimeError: another run holds the folder.
+        RuntimeError: another run holds the folder, or it cannot be written to.
     """
-
-    _held: ClassVar[set[Path]] = set()  # by this very process, which is alive whatever its number says
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder).resolve() / "lock"
+        self._file: TextIO | None = None
 
     def __enter__(self) -> FolderLock:
         self.acquire()
@@ -131,83 +129,46 @@ class FolderLock:
         self.release()
 
     def acquire(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(100):
-            try:
-                descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                if self._take_over():
-                    break
-                continue
-            with os.fdopen(descriptor, "w") as file:
-                file.write(self._owner())
-            break
-        else:
-            raise RuntimeError(f"could not get {self.path}: other runs keep taking it")
-        self._held.add(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("a+")
+        except OSError as error:
+            raise RuntimeError(f"{self.path.parent} cannot be an output folder: {error.strerror or error}") from error
+        try:
+            _lock(file)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read()
+            file.close()
+            raise RuntimeError(
+                f"{self.path.parent} is in use by another run ({owner or 'just started'}): choose another output folder"
+            ) from None
+        self._file = file
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
 
     def release(self) -> None:
-        if self.path in self._held:
-            self._held.discard(self.path)
-            self.path.unlink(missing_ok=True)
-
-    @staticmethod
-    def _owner() -> str:
-        return json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-
-    def _take_over(self) -> bool:
-        """True: the dead owner's lock is ours now. False: it vanished meanwhile, try again."""
-        with contextlib.suppress(FileNotFoundError), self.path.open("r+") as file, _exclusive(file.fileno()):
-            owner = self._read_owner(file)
-            if self.path in self._held or not _is_dead(owner):
-                who = f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}"
-                raise RuntimeError(
-                    f"{self.path.parent} is in use by another run ({who}): "
-                    f"choose another output folder, or remove {self.path} if that run is gone"
-                )
-            file.seek(0)
-            file.truncate()
-            file.write(self._owner())
-            file.flush()
-            # Ours only if the name still leads to the file that we wrote: its owner may have removed it since.
-            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
-        return False
-
-    @staticmethod
-    def _read_owner(file: Any) -> dict[str, Any]:
-        for _ in range(50):  # between creating the lock and naming its owner lies a moment
-            file.seek(0)
-            with contextlib.suppress(json.JSONDecodeError):
-                owner = json.loads(file.read())
-                return owner if isinstance(owner, dict) else {}
-            time.sleep(0.02)
-        return {}  # killed in that moment
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
-def _is_dead(owner: dict[str, Any]) -> bool:
-    if not owner:
-        return True
-    if owner.get("host") != socket.gethostname() or os.name != "posix":  # os.kill(pid, 0) is no question on Windows
-        return False
-    try:
-        os.kill(int(owner["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, KeyError, ValueError):
-        return False
-    return int(owner["pid"]) == os.getpid()  # our own number from a life before (containers start at low numbers)
+def _lock(file: TextIO) -> None:
+    """Lock an open file until it is closed.
 
+    Raises:
+        BlockingIOError: it is locked.
+    """
+    if sys.platform == "win32":
+        import msvcrt
 
-@contextlib.contextmanager
-def _exclusive(descriptor: int) -> Iterator[None]:
-    """Only one process at a time may take over a dead lock."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
+        try:
+            file.seek(2**30)  # it locks bytes: one far behind the text, which others are to read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise BlockingIOError(str(error)) from error
+    else:
+        import fcntl
 
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

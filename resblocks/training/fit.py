@@ -64,7 +64,7 @@ def fit(
     run ends with the same bits as an unbroken one, in the middle of an epoch too.
 
     Args:
-        net: with the weights to start from; at the end it holds the trained ones, on `device`.
+        net: with the weights to start from; at the end it holds the trained ones, on `device`, in evaluation mode.
         out: folder of this run: checkpoints, log.jsonl, weights.safetensors, result.json. One run at a time.
         seed: of order, augmentation and dropout; that of the initial weights is the caller's affair.
         device: auto, cpu, cuda, cuda:1, ... precision: auto, float32, bfloat16 (autocast).
@@ -84,6 +84,9 @@ def fit(
     """
     ranks, out = ranks or Ranks(), Path(out)
     check_compile_mode(compile_mode, compile)
+    for option, value in {"checkpoint_steps": checkpoint_steps, "checkpoint_seconds": checkpoint_seconds}.items():
+        if value < 0:
+            raise ValueError(f"{option} must be at least 0, got {value}")
     picked = pick_device(device, ranks.local_rank)
     dtype = pick_precision(precision, picked)
     settings = {
@@ -103,7 +106,7 @@ def fit(
         ranks.first(lock.acquire)
         ranks.first(lambda: claim(out, settings))
         if done := ranks.first(lambda: read_finished(out)):
-            load_weights(out / "weights.safetensors", net.to(picked))
+            load_weights(out / "weights.safetensors", net.to(picked).eval())
             return done
         if small_maps:
             stack.enter_context(small_map_products(net))
@@ -131,7 +134,9 @@ def fit(
         run = _Run(
             loop, result, out, log, stack.enter_context(Signals()), gradients, checkpoint_steps, checkpoint_seconds
         )
-        return run.train()
+        done = run.train()
+        net.eval()
+        return done
 
 
 class _Run:

@@ -11,6 +11,7 @@ from torch import nn
 
 from .checkpoint import list_checkpoints
 from .files import is_intact, write_json
+from .recipe import whole_recipe
 from .result import Result
 
 
@@ -41,6 +42,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
     except ValueError as error:
         raise ValueError(f"out: {path} is damaged ({error}): choose another --out, or remove {out}") from error
     there.setdefault("net.layers", here.get("net.layers"))  # folders from before it was written
+    there = _flat({"recipe": whole_recipe({})}) | there
     if different := [key for key in {**there, **here} if there.get(key) != here.get(key)]:
         changes = "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} now" for key in different)
         raise ValueError(

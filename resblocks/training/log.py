@@ -23,6 +23,8 @@ class RunLog:
         if active and tensorboard:  # first, since it may be missing
             self._board = require("torch.utils.tensorboard", "tensorboard", "tensorboard").SummaryWriter(folder)
         self._file = (folder / "log.jsonl").open("a") if active else None
+        if self._file is not None and not _ends_in_newline(folder / "log.jsonl"):
+            self._file.write("\n")  # a line that a kill tore does not take the next one with it
         self._talks = active and progress
         self._bar: Any = None
         self._shown = 0.0
@@ -98,3 +100,11 @@ class RunLog:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _ends_in_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, 2) == 0:
+            return True
+        file.seek(-1, 2)
+        return file.read() == b"\n"

@@ -7,6 +7,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+TITLES = {
+    "baseline_cnn": "Baseline CNN",
+    "baseline_cnn_bn": "Baseline CNN with batch norm",
+    "resnet18_noskip": "ResNet-18 without skips",
+    "resnet18": "ResNet-18",
+}
+
+
+def title(variant: str) -> str:
+    """A variant in words."""
+    return TITLES.get(variant) or variant.replace("_noskip", " without skips").replace("_bn", " with batch norm")
+
 
 @dataclass
 class Result:

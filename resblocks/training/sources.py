@@ -33,6 +33,11 @@ def is_archive(path: Path) -> bool:
     return path.is_file() and (".tar" in path.suffixes or path.suffix in (".tgz", ".txz"))
 
 
+def stem(path: Path) -> str:
+    """The name of a folder, or of an archive without its endings."""
+    return path.name.partition(".")[0] if is_archive(path) else path.resolve().name
+
+
 def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     """The files of a folder or of a tar archive, in sorted or archive order; nothing is unpacked to the disk.
 
@@ -40,9 +45,8 @@ def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
         RuntimeError: the archive is truncated or damaged.
     """
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                yield PurePosixPath(file.relative_to(path).as_posix()), file.read_bytes()
+        for file in _files(path):
+            yield PurePosixPath(file.relative_to(path).as_posix()), file.read_bytes()
         return
     try:
         with tarfile.open(path) as archive:
@@ -53,6 +57,12 @@ def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                     yield PurePosixPath(member.name), content.read()
     except _DAMAGED as error:
         raise RuntimeError(f"{path} is truncated or damaged ({error}): get it again") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder, those behind links to folders too, sorted."""
+    found = (Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(file for file in found if file.is_file())
 
 
 # Official archives
@@ -169,7 +179,7 @@ def read_tree(path: Path, cache_dir: str | Path | None = None) -> Tree:
             f"{path} is neither a folder nor a tar archive: --data-dir needs train/<class>/ and test/<class>/ images"
         )
     safetensors = require("safetensors.torch")
-    cached = _cache_folder(cache_dir) / f"{path.name.split('.')[0]}-{_content_key(path)[:16]}.safetensors"
+    cached = _cache_folder(cache_dir) / f"{stem(path)}-{_content_key(path)[:16]}.safetensors"
     if cached.exists():
         if is_intact(cached):
             return _unpack(safetensors.load_file(cached))
@@ -204,24 +214,38 @@ def _content_key(path: Path) -> str:
     """Of an archive its bytes; of a folder names, sizes and times of all files, since reading them is the slow part."""
     if path.is_file():
         return sha256(path)
-    listing = [(file.relative_to(path).as_posix(), file.stat()) for file in sorted(path.rglob("*"))]
+    listing = [(file.relative_to(path).as_posix(), file.stat()) for file in _files(path)]
     return sha256(repr([(name, about.st_size, about.st_mtime_ns) for name, about in listing]).encode())
 
 
 def _decode(path: Path) -> Tree:
     images: dict[str, list[tuple[str, str, Tensor]]] = {"train": [], "test": []}
-    encoding = None
+    encoding, roots, others = None, set(), []
     for name, data in members(path):
         # train/<class>/<image>, in the archive perhaps under a folder of its own
         if name.suffix.lower() not in _IMAGES or len(name.parts) < 3 or name.parts[-3] not in images:
+            others += [name] if images.keys() & {*name.parts[:-1]} and not name.name.startswith(".") else []
             continue
         image = _decode_image(path / name, data)
         encoding = encoding or _encoding(data)
+        roots.add(name.parts[:-3])
         images[name.parts[-3]].append((name.parts[-2], name.name, image))
+    if len(roots) > 1:
+        where = ", ".join("/".join(root) or "." for root in sorted(roots))
+        raise RuntimeError(
+            f"{path} holds train/ and test/ in more than one place ({where}): give --data-dir one of them"
+        )
+    if others:
+        left_out = f"{len(others)} files of {path} are left out, {others[0]} for instance"
+        warnings.warn(f"{left_out}: no images {', '.join(_IMAGES)} in train/<class>/ or test/<class>/", stacklevel=2)
     if encoding is None or not all(images.values()):
         empty = " and ".join(f"{part}/<class>/" for part, found in images.items() if not found)
         raise RuntimeError(f"{path} holds no images in {empty}: --data-dir needs train/<class>/ and test/<class>/")
     classes = _same_classes(path, images)
+    if len({len(image) for part in images.values() for _, _, image in part}) > 1:  # grey images among coloured ones
+        images = {
+            part: [(label, name, image.expand(3, -1, -1)) for label, name, image in images[part]] for part in images
+        }
     _same_shape(path, [(name, image) for part in images.values() for _, name, image in part])
     train, test = (_stack_part(part, classes) for part in images.values())
     return Tree(classes, encoding, (*train, *test))
@@ -254,11 +278,13 @@ def _decode_image(name: Path, data: bytes) -> Tensor:
     pillow = require("PIL.Image", "pillow")
     try:
         with pillow.open(io.BytesIO(data)) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"its pixels have more than 8 bits, mode {image.mode}")
             pixels = image if image.mode in ("L", "RGB") else image.convert("RGB")
             width, height = pixels.size
             flat = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
     except (OSError, SyntaxError, ValueError) as error:
-        raise RuntimeError(f"{name} is not a readable image ({error}): get it again or remove it") from error
+        raise RuntimeError(f"{name} is not an image that can be used ({error}): get it again or remove it") from error
     return rearrange(flat, "(h w c) -> c h w", h=height, w=width)
 
 
