@@ -440,7 +440,7 @@ def test_net_that_diverges_does_not_hide_the_others(
     names, recipe = ["resnet20", "resnet20_noskip"], replace(RECIPE, epochs=1)
     with pytest.raises(SomeDiverged, match="the loss of resnet20 was NaN"):
         run_experiment(names, tiny_dataset(), recipe, out=tmp_path, gradients=False, progress=False)
-    assert "resnet20 without skips" in capsys.readouterr().out
+    assert "ResNet-20 without skips" in capsys.readouterr().out
     (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
     assert result["name"] == "resnet20_noskip"
 
@@ -503,7 +503,7 @@ def test_example_runs_resumes_and_refuses(
 ) -> None:
     _example(monkeypatch, tmp_path)
     first = capsys.readouterr().out
-    assert "| resnet20 without skips |" in first
+    assert "| ResNet-20 without skips |" in first
     assert "epoch 1/1" in first
     written = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [run["name"] for run in written] == ["resnet20", "resnet20_noskip"]

@@ -110,6 +110,10 @@ def test_silent_rank_ends_the_run_with_an_error(tmp_path: Path) -> None:
     assert "another process died or was silent too long at step 4; the last checkpoint stays" in error_of(tmp_path)
 
 
+def test_first_rank_may_load_for_longer_than_a_rank_may_be_silent(tmp_path: Path) -> None:
+    assert run(tmp_path, ranks=2, timeout_seconds=6.0, load_seconds=8.0) == [0, 0]
+
+
 def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     recipe = workers.Recipe(name="odd", epochs=1, batch_size=15, crop=0)
     assert run(tmp_path, ranks=2, recipe=recipe) == [1, 1]

@@ -213,6 +213,9 @@ def _worker(
     timeout = options.pop("timeout_seconds", 60.0)
     try:
         ranks = Ranks.from_env(timeout_seconds=timeout)
+        load_seconds = options.pop("load_seconds", 0.0)
+        waits = [load_seconds] if ranks.is_first else []  # the second time it is in the cache
+        ranks.first_then_all(lambda: time.sleep(waits.pop() if waits else 0))
         tiny_fit(Path(out), net, ranks=ranks, **options)
     except Exception as error:
         Path(out).mkdir(exist_ok=True)

@@ -72,7 +72,7 @@ class Ranks:
         for tensor in tensors if self.on else []:
             dist.broadcast(tensor, src=0)
 
-    def first(self, work: Callable[[], T]) -> T:
+    def first(self, work: Callable[[], T], group: Any = None) -> T:
         """Do `work` on the first rank only and hand its result to all; an error there is raised on every rank."""
         if not self.on:
             return work()
@@ -83,7 +83,7 @@ class Ranks:
                 outcome = [work(), None]
             except Exception as caught:  # told to the others, then raised here as it is
                 error, outcome = caught, [None, str(caught)]
-        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
         if error is not None:
             raise error
         if outcome[1] is not None:
@@ -94,5 +94,6 @@ class Ranks:
     def first_then_all(self, work: Callable[[], T]) -> T:
         """Do `work` on the first rank, then on all: what it downloads or caches is made once and read by the others."""
         if self.on:
-            self.first(lambda: (work(), None)[1])
+            patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # a download is not a hung rank
+            self.first(lambda: (work(), None)[1], patient)
         return work()

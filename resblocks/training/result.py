@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,13 @@ from typing import Any
 TITLES = {
     "baseline_cnn": "Baseline CNN",
     "baseline_cnn_bn": "Baseline CNN with batch norm",
-    "resnet18_noskip": "ResNet-18 without skips",
-    "resnet18": "ResNet-18",
 }
 
 
 def title(variant: str) -> str:
     """A variant in words."""
-    return TITLES.get(variant) or variant.replace("_noskip", " without skips").replace("_bn", " with batch norm")
+    said = re.sub(r"^resnet(\d+)", r"ResNet-\1", variant)
+    return TITLES.get(variant) or said.replace("_noskip", " without skips").replace("_bn", " with batch norm")
 
 
 @dataclass
