@@ -116,7 +116,9 @@ def _curves(results: Sequence[Result], part: str, where: str) -> Any:
     left, right = panels
     left.set(title=f"Accuracy, {where}", xlabel="epoch", ylabel="accuracy (%)")
     left.set_ylim(top=min(100.5, left.get_ylim()[1]))
-    right.set(title=f"Cross-entropy loss, {where}", xlabel="epoch", ylabel="loss (nats)")
+    smoothed = part == "train" and any(run.settings["recipe"].get("label_smoothing") for run in results)
+    loss = "Loss with smoothed labels" if smoothed else "Cross-entropy loss"
+    right.set(title=f"{loss}, {where}", xlabel="epoch", ylabel="loss (nats)")
     losses = [epoch[f"{part}_loss"] for result in results for epoch in result.epochs]
     if min(losses) > 0 and max(losses) > 20 * min(losses):
         right.set_yscale("log")
