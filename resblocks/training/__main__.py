@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ranks = Ranks.from_env(config.timeout_seconds)
     dataset = ranks.first_then_all(lambda: load_dataset(config.dataset, config.data_dir))
     if config.validation:
-        dataset = dataset.with_validation(config.validation, config.seed)
+        dataset = dataset.with_validation(config.validation)  # the same images for every seed
     names = (
         "seed",
         "device",
