@@ -151,7 +151,8 @@ def test_result_and_weights_are_complete(tmp_path: Path) -> None:
     assert result.accuracy_percent == result.epochs[-1]["eval_accuracy_percent"]  # the last, not the best
     assert result.params == sum(weight.numel() for weight in net.parameters())
     assert result.settings["dataset"]["sha256"] == tiny_dataset().key
-    assert set(result.environment) >= {"command", "commit", "versions", "device", "processes"}
+    assert set(result.environment) >= {"command", "commit", "versions", "device", "processes", "compile", "graph"}
+    assert result.environment["images"] == {"train": 81, "eval": 40}
     fresh = tiny_net()
     load_weights(tmp_path / "weights.safetensors", fresh)
     assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), net.state_dict().values(), strict=True))

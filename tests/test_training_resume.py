@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -276,6 +278,16 @@ def test_lock_file_of_a_dead_run_does_not_count(content: str, tmp_path: Path) ->
     (tmp_path / "lock").write_text(content)
     with FolderLock(tmp_path) as lock:
         assert lock.path.read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_folder_on_a_file_system_without_locks_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    warned = pytest.warns(UserWarning, match=r"has no lock \(.*No locks available\): no other run may use it")
+    with warned, FolderLock(tmp_path):
+        pass
 
 
 def test_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:

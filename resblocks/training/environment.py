@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 
-def environment(device: torch.device, ranks: int = 1) -> dict[str, Any]:
-    """Plain data to be kept beside a result."""
+def environment(device: torch.device, ranks: int = 1, **more: Any) -> dict[str, Any]:
+    """Plain data to be kept beside a result, with what else the caller wants to be said."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("resblocks", "torchvision", "numpy"):
         try:
@@ -29,6 +29,7 @@ def environment(device: torch.device, ranks: int = 1) -> dict[str, Any]:
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "processes": ranks,
+        **more,
     }
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TextIO
@@ -143,6 +144,8 @@ class FolderLock:
             raise RuntimeError(
                 f"{self.path.parent} is in use by another run ({owner or 'just started'}): choose another output folder"
             ) from None
+        except OSError as error:  # some file systems of clusters have no locks
+            warnings.warn(f"{self.path.parent} has no lock ({error}): no other run may use it", stacklevel=2)
         self._file = file
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -128,7 +128,9 @@ def fit(
             graph=graph,
         )
         params = sum(weight.numel() for weight in net.parameters())
-        result = Result(name, params, settings, environment(picked, ranks.size))
+        images = {"train": len(dataset.train_images), "eval": len(dataset.test_images)}
+        options = {"compile": compile_mode if compile else None, "graph": graph, "deterministic": deterministic}
+        result = Result(name, params, settings, environment(picked, ranks.size, images=images, **options))
         log = RunLog(out, name, active=ranks.is_first, progress=progress, tensorboard=tensorboard)
         stack.callback(log.close)
         run = _Run(
