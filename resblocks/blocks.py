@@ -164,7 +164,8 @@ class ResNeXtBlock(Bottleneck):
 class PreActBasicBlock(Residual):
     """Two 3x3 convolutions, each after its norm and activation (He et al. 2016, fig. 4e).
 
-    Where the shape changes, the shortcut reads the first activation too, as in the authors' code.
+    Where the shape changes, the shortcut reads the first activation too, as in the authors' code. The first unit of a
+    net is like the others, as in timm; the paper's appendix lets its shortcut, too, read the first activation.
 
     Args and Shape: as `BasicBlock`. The output is not activated; a net puts a norm and an activation before its head.
     """
@@ -242,15 +243,16 @@ class PreActBottleneck(Residual):
 
 
 def fork(
-    make: Layers, in_channels: int, out_channels: int, stride: int
+    make: BlockLayers, in_channels: int, out_channels: int, stride: int
 ) -> tuple[nn.Module | None, dict[str, nn.Module | None]]:
     """Where the first norm and activation of a pre-activation block go: (before the fork, into the branch).
 
-    They go before the fork, so that the shortcut reads them, where the shape changes; into the branch elsewhere.
-    The place does not depend on the skip: a plain net has the names of its residual twin.
+    They go before the fork, so that the shortcut reads them, where it is a projection: with the shape changed, or with
+    shortcut C. They go into the branch elsewhere. The place does not depend on the skip: a plain net has the names of
+    its residual twin.
     """
     first = {"norm1": make.norm(in_channels), "act1": make.activation()}
-    if stride == 1 and in_channels == out_channels:
+    if stride == 1 and in_channels == out_channels and make.shortcut != "C":
         return None, first
     return named(**first), {}
 
@@ -317,7 +319,7 @@ class DenseLayer(Residual):
             dropout=make.dropout(),
         )
         parts = make.parts(growth_rate, skip)
-        parts["merge"] = Concat()
+        parts["merge"] = Concat() if skip else None
         super().__init__(branch, **parts)
         self.out_channels = out_channels if skip else growth_rate
 

@@ -159,7 +159,7 @@ def gradient_flow(net: nn.Module) -> list[GradientFlow]:
         weight = layer.weight if isinstance(layer, (_ConvNd, nn.Linear)) else None
         if weight is None or weight.grad is None:
             continue
-        grad = weight.grad.detach().float()
+        grad = _wide(weight.grad)
         mean_abs, norm, std = torch.stack([grad.abs().mean(), grad.norm(), grad.std(correction=0)]).tolist()
         rows.append(GradientFlow(f"{name}.weight".lstrip("."), grad.numel(), mean_abs, norm, std))
     if not rows:
@@ -325,12 +325,16 @@ def _blocks(net: nn.Module, where: Where | None = None) -> dict[str, Residual]:
     return residuals(net, where)
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.detach() if x.dtype == torch.float64 or x.is_complex() else x.detach().float()
+
+
 def _var(x: Tensor) -> float:
-    return float(x.detach().float().var(correction=0))
+    return float(_wide(x).var(correction=0))
 
 
 def _norm(grad: Tensor | None) -> float:
-    return 0.0 if grad is None else float(grad.float().norm())
+    return 0.0 if grad is None else float(_wide(grad).norm())
 
 
 def _parts(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

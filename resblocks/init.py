@@ -12,8 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 def init_layer(layer: nn.Module) -> None:
     """Draw the parameters of one layer: torch's convolutions as He et al. 2015 ("Delving deep"), others by their rule.
 
-    Without a bias a norm follows, and fan out keeps the size of the gradient; a biased convolution has no norm behind
-    it, and fan in keeps the size of the map, which would fade over many layers.
+    Without a bias a norm follows, and fan out keeps the size of the gradient (but for groups, which torch's fan out
+    does not know, as in torchvision); a biased convolution has no norm behind it, and fan in keeps the size of the
+    map, which would fade over many layers.
     """
     reset = getattr(layer, "reset_parameters", None)
     if callable(reset):
@@ -28,9 +29,10 @@ def init_layer(layer: nn.Module) -> None:
 def init_weights(module: nn.Module) -> None:
     """Draw all parameters and reset all buffers, as construction does: under one seed both give the same weights.
 
-    This is the way from `device="meta"` and `to_empty` to a net that can train. A layer of your own takes part through
-    its `reset_parameters()`, which comes after those of the layers inside it and may set them too. Trained weights are
-    loaded into a net that is built: what a layer loads while it is made is drawn anew.
+    That holds for what the library makes; torch's convolutions in a block of your own start by torch's rule when they
+    are made, and by ours here. It is the way from `device="meta"` and `to_empty` to a net that can train. A layer of
+    your own takes part through its `reset_parameters()`, which comes after those of the layers inside it and may set
+    them too. Trained weights are loaded into a net that is built: what a layer loads while it is made is drawn anew.
     """
     init_layers(module)
     start_weights(module)

@@ -97,9 +97,15 @@ weight_standardised: Family = (WSConv1d, WSConv2d, WSConv3d)
 # --- normalisation
 
 
-def group_norm(channels: int, groups: int = 32) -> nn.Module:
-    """Group norm (Wu and He 2018) with gcd(groups, channels) groups, so that any channel count works."""
-    return nn.GroupNorm(gcd(groups, channels), channels)
+def group_norm(channels: int, groups: int | None = None) -> nn.Module:
+    """Group norm (Wu and He 2018) with gcd(groups, channels) groups, so that any channel count works.
+
+    Args:
+        groups: None is 32, or half the channels where a group would else have one channel only: that is instance norm,
+            which leaves nothing of a map of one position.
+    """
+    found = gcd(32 if groups is None else groups, channels)
+    return nn.GroupNorm(max(1, found // 2) if groups is None and found == channels else found, channels)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -371,7 +377,13 @@ class Fixup(nn.Module):
         nn.init.ones_(self.weight)
 
     def start_branch(self, branch: nn.Module) -> None:
-        """Make the drawn weights smaller and the last convolution zero."""
+        """Make the drawn weights smaller and the last convolution zero.
+
+        Raises:
+            ValueError: the branch has no convolutions, or some that standardise their weights, which undoes it.
+        """
+        if any(isinstance(layer, _WeightStandardised) for layer in branch.children()):
+            raise ValueError(f"scale Fixup needs convolutions that keep the size of their weights, got {branch}")
         *others, last = branch_weights(branch, ("conv",))
         nn.init.zeros_(last)
         with torch.no_grad():

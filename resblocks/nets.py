@@ -436,6 +436,8 @@ def total_stride(stem: nn.Module) -> int:
     """Pixels of the input for one that the stem puts out: its attribute `stride`, or the product over a sequence."""
     if hasattr(stem, "stride"):
         return stem.stride[0] if isinstance(stem.stride, tuple) else cast(int, stem.stride)
+    if isinstance(stem, nn.PixelUnshuffle):
+        return stem.downscale_factor
     if isinstance(stem, nn.Sequential):
         return prod(total_stride(layer) for layer in stem)
     if any(total_stride(layer) != 1 for layer in stem.children()):
@@ -454,6 +456,8 @@ def make_block(block: Block, in_channels: int, width: int, stride: int, options:
             if option not in parameters:
                 raise ValueError(f"block {name} takes no option {option!r}, got {option}={options[option]!r}")
     made = block(in_channels, width, stride, **options)
+    if getattr(made, "preactivated", False) != getattr(unwrap(block), "preactivated", False):
+        raise ValueError(f"block {name} must have the attribute preactivated of what it makes, {type(made).__name__}")
     if not isinstance(getattr(made, "out_channels", None), int):
         raise ValueError(f"block {name} must have an attribute out_channels, the channels that really come out")
     return made

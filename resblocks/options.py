@@ -167,7 +167,13 @@ class Layers:
 
     def norm(self, channels: int) -> nn.Module | None:
         """Normalisation of so many channels, None where the recipe has none."""
-        return None if self._norm is None else self.build(self._norm, channels, option="norm")
+        norm = None if self._norm is None else self.build(self._norm, channels, option="norm")
+        if type(norm) is nn.LayerNorm:
+            raise ValueError(
+                "norm must normalise over channels, got torch.nn.LayerNorm, which does so over the last dimension; "
+                "resblocks.LayerNorm does over channels"
+            )
+        return norm
 
     def activation(self) -> nn.Module:
         """Activation function, refused if it works in place."""
@@ -183,10 +189,12 @@ class BlockLayers(Layers):
     Args:
         attention: class or callable of the channel count (SE, ECA, CBAM), last in the branch; None for none.
         dropout: probability of dropping an element before the last convolution of the branch (Zagoruyko and
-            Komodakis 2016, fig. 1d); after it in a dense layer (Huang et al. 2017, sec. 3).
+            Komodakis 2016, fig. 1d); after it in a dense layer, as torchvision (Huang et al. 2017, sec. 4.2, drop
+            after every convolution but the first).
         shortcut: "A", "B", "C", "D" or a callable of in_channels, out_channels and stride; see `resblocks.shortcuts`.
         downsample: class or callable of channels and stride (`average_downsample`, `blur_downsample`) that reduces
-            the resolution in place of strided convolutions, in branch and shortcut; None for the strides.
+            the resolution in place of strided convolutions, in branch and shortcut (D keeps its own average pool);
+            None for the strides.
         drop_path: probability of dropping the branch of a sample (Huang et al. 2016); see `DropPath`.
         scale: how the branch starts and is scaled: ZeroInit, SkipInit, ReZero, LayerScale, Fixup, or any class
             or callable of the channel count.

@@ -79,8 +79,8 @@ class Residual(nn.Module):
     Shape: that of the parts; with the defaults the branch must keep the shape of its input.
 
     Raises:
-        ValueError: `skip=False` together with a shortcut, drop path or scale (a plain block that starts at zero
-            puts out zeros for ever, since its weights get no gradient).
+        ValueError: `skip=False` together with a shortcut, merge, drop path or scale (a plain block that starts at
+            zero puts out zeros for ever, since its weights get no gradient).
 
     Example:
         >>> block = Residual(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
@@ -103,7 +103,7 @@ class Residual(nn.Module):
     ) -> None:
         super().__init__()
         check_checkpoint(checkpoint)
-        for name, part in {"shortcut": shortcut, "scale": scale, "drop_path": drop_path}.items():
+        for name, part in {"shortcut": shortcut, "scale": scale, "drop_path": drop_path, "merge": merge}.items():
             if part is not None and not skip:
                 raise ValueError(f"{name} must be None with skip=False, which leaves nothing to merge, got {part}")
         self.preact = identity_if_none(preact)
@@ -226,6 +226,8 @@ def check_checkpoint(checkpoint: object) -> None:
 
 def check_switch(block: Residual, on: bool, name: str = "") -> None:
     """Raise if the block cannot be switched to `on`; the message gives the block's name in its net."""
+    if not isinstance(on, bool):
+        raise ValueError(f"skip must be True or False, got {on!r}")
     if on == block.skip:
         return
     what = f"skip of {type(block).__name__}{f' {name!r}' if name else ''}"
@@ -278,6 +280,8 @@ def set_skip(net: nn.Module, on: bool, where: Where | None = None) -> list[str]:
 @contextmanager
 def skips_off(net: nn.Module, where: Where | None = None) -> Iterator[list[str]]:
     """Switch shortcuts off for a while; every block is as before on leaving, on an error too.
+
+    The switch belongs to the net: threads that share one must not switch it at the same time.
 
     Args: as `set_skip`.
 

@@ -85,7 +85,9 @@ def make_shortcut(
     elif kind == "D" and not same:
         shortcut = pooled_projection(make, in_channels, out_channels, stride, normed)
     elif kind == "A" and not same:
-        shortcut = ZeroPad(in_channels, out_channels, stride)
+        pool = make.pool(in_channels, stride)
+        pad = ZeroPad(in_channels, out_channels, stride if pool is None else 1)
+        shortcut = pad if pool is None else named(pool=pool, pad=pad)
     else:
         shortcut = nn.Identity()
     if isinstance(shortcut, nn.Identity) and not same:

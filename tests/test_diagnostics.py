@@ -329,3 +329,20 @@ def test_lesion_study_leaves_plain_blocks_out() -> None:
 def test_lesion_of_an_unknown_part_raises() -> None:
     with pytest.raises(ValueError, match='part must be "branch" or "skip", got \'act\''):
         lesion_study(small_net(), lambda net: 0.0, part="act")
+
+
+def test_small_gradients_and_large_signals_in_float64_are_told() -> None:
+    layer, block = nn.Linear(4, 4).double(), Residual(nn.Linear(4, 4)).double()
+    (layer(torch.full((1, 4), 1e-60, dtype=torch.float64)).sum()).backward()
+    (row,) = gradient_flow(layer)
+    assert row.norm == pytest.approx(4e-60)
+    (signal,) = signal_report(block, torch.randn(2, 4, dtype=torch.float64) * 1e25)
+    assert 1e49 < signal.shortcut_var < 1e51
+
+
+def test_gradients_of_complex_weights_are_whole() -> None:
+    layer = nn.Linear(4, 4, dtype=torch.complex64)
+    layer(torch.randn(3, 4, dtype=torch.complex64)).abs().square().sum().backward()
+    (row,) = gradient_flow(layer)
+    assert layer.weight.grad is not None
+    assert row.norm == pytest.approx(float(torch.view_as_real(layer.weight.grad).norm()), rel=1e-5)

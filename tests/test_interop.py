@@ -18,7 +18,7 @@ from torch import nn
 from resblocks import create_model
 from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION, differences, load, pretrained, to_timm, to_torchvision
 from resblocks.interop.weights import read_weights
-from resblocks.layers import CBAM
+from resblocks.layers import CBAM, WSConv2d
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -256,6 +256,42 @@ def test_prefix_of_wrappers_is_taken_off(wrap: Any) -> None:
     for source in (wrap(model), wrap(model).state_dict()):
         assert load(net, source) == []
         assert torch.equal(net.get_parameter("head.bias"), model.fc.bias)
+
+
+def test_average_of_a_model_is_read() -> None:
+    net, model = create_model("resnet18", num_classes=10), torchvision_net(10)
+    assert load(net, torch.optim.swa_utils.AveragedModel(model)) == []
+    assert torch.equal(net.get_parameter("head.bias"), model.fc.bias)
+
+
+def test_digits_that_are_lost_are_said_or_refused() -> None:
+    net = create_model("resnet18", num_classes=10, dtype=torch.bfloat16)
+    notes = load(net, torchvision_net(10))
+    assert "stem.conv.weight (torchvision: conv1.weight): rounded from torch.float32 to torch.bfloat16" in notes
+    whole = {key: value.to(torch.int8) for key, value in torchvision_net(10).state_dict().items()}
+    with pytest.raises(ValueError, match=r"dtype: stem.conv.weight .* is torch.bfloat16 in the net and torch.int8 in"):
+        load(net, whole)
+
+
+def test_net_without_memory_is_refused() -> None:
+    with torch.device("meta"):
+        net = create_model("resnet18", num_classes=10)
+    with pytest.raises(ValueError, match=r"net must have memory for weights, got one on the meta device"):
+        load(net, torchvision_net(10))
+
+
+def test_first_conv_of_standardised_weights_is_not_adapted() -> None:
+    coloured, grey = (create_model("resnet20", conv=WSConv2d, in_channels=channels) for channels in (3, 1))
+    with pytest.raises(
+        ValueError, match="first_conv must be 'same' for standardised weights, which undo it, got 'sum'"
+    ):
+        load(grey, coloured.state_dict(), first_conv="sum")
+
+
+def test_kernel_of_another_size_gets_no_hint_on_channels() -> None:
+    with pytest.raises(ValueError, match=r"stem\.conv\.weight") as refused:
+        load(create_model("resnet18", stem="cifar", num_classes=10), torchvision_net(10))
+    assert "adapts the channels" not in str(refused.value)
 
 
 def test_net_without_head_asks_for_drop_head() -> None:

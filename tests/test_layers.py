@@ -11,11 +11,21 @@ import resblocks as rb
 from tests.blocks import image
 
 
-@pytest.mark.parametrize("channels", [8, 16, 64, 72, 256])
+@pytest.mark.parametrize("channels", [1, 2, 8, 16, 32, 64, 72, 256])
 def test_group_norm_takes_any_channel_count(channels):
     norm = rb.group_norm(channels)
     assert channels % norm.num_groups == 0
-    assert norm.num_groups == {8: 8, 16: 16, 64: 32, 72: 8, 256: 32}[channels]
+    assert norm.num_groups == {8: 4, 16: 8, 32: 16, 64: 32, 72: 8, 256: 32, 1: 1, 2: 1}[channels]
+
+
+def test_group_norm_takes_the_groups_that_are_asked_for():
+    assert rb.group_norm(32, groups=32).num_groups == 32
+    assert rb.group_norm(24, groups=16).num_groups == 8
+
+
+def test_fixup_refuses_standardised_weights():
+    with pytest.raises(ValueError, match="scale Fixup needs convolutions that keep the size of their weights"):
+        rb.BasicBlock(8, 8, norm=None, scale=rb.Fixup, conv=rb.weight_standardised)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

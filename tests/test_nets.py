@@ -320,6 +320,23 @@ def test_stride_of_a_stem_of_ones_own_is_counted_or_asked_for():
         small(stem=lambda in_channels, width: nn.ModuleList([patches(in_channels, width)]))
 
 
+def test_stride_of_a_pixel_unshuffle_is_counted():
+    def stem(in_channels, width):
+        return nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(16 * in_channels, width, 1))
+
+    assert small(stem=stem).stage_strides == (4, 8)
+
+
+def test_function_that_hides_what_its_blocks_put_out_raises():
+    def make(in_channels, out_channels, stride, **options):
+        return PreActBasicBlock(in_channels, out_channels, stride, **options)
+
+    with pytest.raises(ValueError, match="block make must have the attribute preactivated of what it makes"):
+        small(make)
+    make.preactivated = True
+    assert isinstance(small(make).final, nn.Sequential)
+
+
 def test_block_without_parameters_makes_a_net():
     class Doubling(nn.Module):
         def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:

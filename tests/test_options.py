@@ -228,6 +228,7 @@ def unmade():
         ({"activation": torch.relu}, "activation .*relu.* refused the arguments"),
         ({"activation": unmade}, "activation must return a torch.nn.Module, got .*relu"),
         ({"norm": nn.BatchNorm2d(8)}, "norm must be a class or callable that makes layers, got one already made"),
+        ({"norm": nn.LayerNorm}, "norm must normalise over channels, got torch.nn.LayerNorm.*resblocks.LayerNorm"),
         ({"downsample": nn.AvgPool2d}, "downsample must take channels and stride, got AvgPool2d, which takes the size"),
         ({"norm": "batch"}, "norm must be a class or callable that returns a torch.nn.Module, got 'batch'"),
         ({"norm": partial(nn.GroupNorm, 32)}, "norm .*GroupNorm.* refused the arguments .16,.: num_channels"),
@@ -273,6 +274,8 @@ def built_blocks(draw):
     if draw(st.booleans()):
         options = {key: value for key, value in options.items() if key not in ("scale", "merge", "drop_path")}
         options["skip"] = False
+    if options.get("scale") is rb.Fixup:  # which refuses standardised weights
+        options.pop("conv", None)
     out_channels = draw(st.sampled_from([8, 16])) if summed else 16
     stride = draw(st.integers(1, 2)) if summed else 1
     # instance norm refuses maps of one position

@@ -195,3 +195,15 @@ def test_recomputed_block_works_under_function_transforms() -> None:
     x = torch.randn(2, 4, 5, 5)
     grads = [torch.func.grad(lambda x, block=block: block(x).square().sum())(x) for block in (plain, again)]
     torch.testing.assert_close(*grads)
+
+
+def test_skip_is_true_or_false():
+    block = BasicBlock(4, 4)
+    with pytest.raises(ValueError, match="skip must be True or False, got 'off'"):
+        block.skip = "off"
+    assert block.skip is True
+
+
+def test_merge_without_skip_raises():
+    with pytest.raises(ValueError, match="merge must be None with skip=False, which leaves nothing to merge"):
+        Residual(nn.Linear(4, 4), merge=rb.WeightedAdd(4), skip=False)

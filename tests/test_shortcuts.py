@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from resblocks import BasicBlock, Bottleneck
+from resblocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, average_downsample, blur_downsample
 from resblocks.shortcuts import ZeroPad
 from tests.blocks import image
 
@@ -48,6 +48,20 @@ def test_shortcut_kind_is_built_of_its_layers(kind, changed, unchanged):
 
     assert leaves(BasicBlock(8, 16, 2, shortcut=kind)) == changed
     assert leaves(BasicBlock(8, 8, shortcut=kind)) == unchanged
+
+
+@pytest.mark.parametrize("downsample", [average_downsample, blur_downsample])
+def test_zero_pad_takes_the_pool_of_the_block(downsample):
+    block, x = BasicBlock(4, 8, 2, shortcut="A", downsample=downsample), image(4, 6)
+    assert torch.equal(block.shortcut(x)[:, :4], downsample[1](4, 2)(x))
+
+
+@pytest.mark.parametrize("block", [PreActBasicBlock, PreActBottleneck])
+@pytest.mark.parametrize("skip", [True, False])
+def test_every_projection_of_a_preactivated_block_reads_a_norm(block, skip):
+    made = block(8, 8, shortcut="C", skip=skip)
+    assert [type(layer) for layer in made.preact] == [nn.BatchNorm2d, nn.ReLU]
+    assert not hasattr(made.branch, "norm1")
 
 
 @pytest.mark.parametrize("kind", ["A", "B", "C", "D"])

@@ -71,7 +71,8 @@ T: dict[str, Any] = {"stem": "tiered", "shortcut": "D"}
 RS: dict[str, Any] = {**D, "stem_pool": conv_pool, "attention": partial(SE, reduction=4)}
 AA: dict[str, Any] = {"downsample": average, "stem_pool": average}
 BLUR: dict[str, Any] = {"downsample": blur, "stem_pool": blurred_max_pool}
-BIT: dict[str, Any] = {"conv": partial(WSConv2d, eps=1e-8), "norm": group_norm, "stem_pool": zero_border_pool}
+GN = partial(group_norm, groups=32)  # also where that leaves a group one channel
+BIT: dict[str, Any] = {"conv": partial(WSConv2d, eps=1e-8), "norm": GN, "stem_pool": zero_border_pool}
 
 
 def basic(depths: tuple[int, ...], **options: Any) -> Build:
@@ -124,7 +125,7 @@ TIMM: dict[str, Build] = {
     "resnet50d": deep(R50, **D),
     "resnet50s": deep(R50, **S),
     "resnet50t": deep(R50, **T),
-    "resnet50_gn": deep(R50, norm=group_norm),
+    "resnet50_gn": deep(R50, norm=GN),
     "resnet101": deep(R101),
     "resnet101c": deep(R101, **C),
     "resnet101d": deep(R101, **D),
@@ -194,7 +195,7 @@ TIMM: dict[str, Build] = {
     "resnetv2_50": deep2(R50),
     "resnetv2_50d": deep2(R50, **D),
     "resnetv2_50t": deep2(R50, **T),
-    "resnetv2_50d_gn": deep2(R50, **D, norm=group_norm),
+    "resnetv2_50d_gn": deep2(R50, **D, norm=GN),
     "resnetv2_101": deep2(R101),
     "resnetv2_101d": deep2(R101, **D),
     "resnetv2_152": deep2(R152),

@@ -19,6 +19,7 @@ from resblocks.interop.words import (
     reversed_table,
     translate_key,
 )
+from resblocks.layers import _WeightStandardised as WeightStandardised
 from resblocks.nets import Network
 
 Source = Mapping[str, Tensor] | nn.Module | str | Path
@@ -79,6 +80,7 @@ def load(
     names = find_names(net, given, vocabulary)
     ours, notes, faults = net.state_dict(), [], []
     first = next(iter(ours))
+    check_target(net, first, first_conv)
     new: dict[str, Tensor] = {}
     if drop_head:
         dropped = {key: tensor for key, tensor in given.items() if names.ours(key).startswith("head.")}
@@ -92,14 +94,11 @@ def load(
         if their_key in given:
             wanted = as_theirs(their_key, tensor).shape
             fitted, note = fit_first_conv(given[their_key], wanted, first_conv if key == first else "same")
-            notes += [f"{names.both(their_key)}: {note}"] if note else []
-            if fitted.shape == wanted:
-                new[key] = fitted.reshape(tensor.shape)
+            notes += [f"{names.both(their_key)}: {said}" for said in (note, narrowed(fitted, tensor)) if said]
+            if fault := misfit(names.both(their_key), fitted, wanted, tensor):
+                faults.append(fault + _hint(key, first if fitted.shape[2:] == wanted[2:] else ""))
             else:
-                faults.append(
-                    f"shape: {names.both(their_key)} is {tuple(wanted)} in the net and {tuple(fitted.shape)} in the "
-                    f"source{_hint(key, first)}"
-                )
+                new[key] = fitted.reshape(tensor.shape)
         elif key.endswith("num_batches_tracked"):
             new[key] = torch.zeros_like(tensor)
             notes.append(f"{names.both(their_key)}: not in the source, starts at 0")
@@ -111,6 +110,30 @@ def load(
         raise ValueError("source must fit the net, nothing was loaded:\n  " + "\n  ".join(faults))
     net.load_state_dict(new)
     return notes
+
+
+def check_target(net: nn.Module, first: str, first_conv: str) -> None:
+    """Raise unless the net has memory for weights, and a first convolution that can be adapted if that is asked for."""
+    if net.state_dict()[first].is_meta:
+        raise ValueError("net must have memory for weights, got one on the meta device: net.to_empty(device=...) first")
+    layer = net.get_submodule(first.rpartition(".")[0])
+    if first_conv != "same" and isinstance(layer, WeightStandardised):
+        raise ValueError(f"first_conv must be 'same' for standardised weights, which undo it, got {first_conv!r}")
+
+
+def misfit(name: str, given: Tensor, wanted: torch.Size, tensor: Tensor) -> str | None:
+    """Why a tensor of the source cannot become one of the net, or None."""
+    if tensor.is_floating_point() and not given.is_floating_point():
+        return f"dtype: {name} is {tensor.dtype} in the net and {given.dtype} in the source"
+    if given.shape != wanted:
+        return f"shape: {name} is {tuple(wanted)} in the net and {tuple(given.shape)} in the source"
+    return None
+
+
+def narrowed(given: Tensor, tensor: Tensor) -> str | None:
+    """What is lost of the digits of a tensor of the source, or None."""
+    less = given.is_floating_point() and given.dtype.itemsize > tensor.dtype.itemsize
+    return f"rounded from {given.dtype} to {tensor.dtype}" if less else None
 
 
 def to_torchvision(net: nn.Module) -> dict[str, Tensor]:
@@ -185,7 +208,8 @@ def read_weights(source: Source) -> dict[str, Tensor]:
     for key, value in given.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"source must hold tensors by name, got {type(value).__name__} under {key!r}")
-    given = {key.replace("_orig_mod.", ""): tensor for key, tensor in given.items()}  # of torch.compile
+    # Names of torch.compile, and the count of an AveragedModel.
+    given = {key.replace("_orig_mod.", ""): tensor for key, tensor in given.items() if key != "n_averaged"}
     prefix = "module." if all(key.startswith("module.") for key in given) else ""  # of data-parallel wrappers
     return {_plain_dense_name(key.removeprefix(prefix)): tensor for key, tensor in given.items()}
 
