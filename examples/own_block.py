@@ -3,8 +3,8 @@
     python examples/own_block.py      # digits of scikit-learn, half a minute on a CPU; needs the extra `train`
 
 A block is a module called as `block(in_channels, out_channels, stride)` that has `out_channels`. Built on `Residual`
-it has the skip switch, and lesions, diagnostics and `fuse` know its parts. Blocks that change the shape have no shortcut
-here: `set_skip(net, True, where=lambda name, block: block.shortcut is not None)` switches the others on again.
+it has the skip switch, and lesions, diagnostics and `fuse` know its parts. Blocks that change the shape have no
+shortcut here: `set_skip(net, True, where=lambda name, block: block.shortcut is not None)` switches the others on again.
 """
 
 from __future__ import annotations
