@@ -431,7 +431,6 @@ ON_SMALL_NETS = {"compile by inductor"}
 # What a tool cannot do with a net, and why.
 IMPOSSIBLE: dict[tuple[str, str], str] = {
     ("basic, 1D", "channels_last"): "torch has no channels_last for 1D data",
-    ("basic, recomputed", "per-sample gradients"): "torch.func takes no saved-tensor hooks, on which recomputing rests",
 }
 
 
