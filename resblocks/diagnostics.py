@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
+from resblocks.options import check_input_size
 from resblocks.residual import Residual, Where, residuals, skips_off
 
 Part: TypeAlias = Literal["branch", "skip"]
@@ -390,9 +391,7 @@ def _count_on_meta(
     # Imported here: it costs more time than all of resblocks.
     from torch.utils.flop_counter import FlopCounterMode
 
-    given: object = input_size
-    if not isinstance(given, Sequence) or not given or min(given) < 1:
-        raise ValueError(f"input_size must be positive integers, one sample without the batch, got {input_size!r}")
+    check_input_size(input_size)
     # Copies of the tensors on the meta device stand in for the net's own: no arithmetic, no memory, no buffer written.
     tensors = {
         name: tensor.detach().to("meta")

@@ -16,6 +16,7 @@ from resblocks.dense_plan import pool_commutes, window
 from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, FusedStage, affine
 from resblocks.layers import DropPath, FrozenBatchNorm, avg_pool, batch_norm, convolution
 from resblocks.layers import _WeightStandardised as WeightStandardised
+from resblocks.options import check_input_size
 from resblocks.residual import Add, Concat, Residual, keeps_forward
 from resblocks.watched import is_watched
 
@@ -96,18 +97,13 @@ HALF = (torch.float16, torch.bfloat16)
 
 def check_sizes(input_size: Sequence[int] | None, batch_size: int) -> None:
     """Raise unless they are of inputs that weights can be laid out for."""
-    if input_size is not None and not is_size(input_size):
-        raise ValueError(f"input_size must be positive integers, one sample without the batch, got {input_size!r}")
+    if input_size is not None:
+        check_input_size(input_size)
     if batch_size < 1 or (input_size is None and batch_size != 1):
         raise ValueError(
             f"batch_size must be at least 1, and 1 without input_size, got batch_size={batch_size} "
             f"with input_size={input_size!r}"
         )
-
-
-def is_size(sizes: object) -> bool:
-    """Whether they are positive integers, at least one."""
-    return isinstance(sizes, Sequence) and bool(sizes) and all(isinstance(size, int) and size > 0 for size in sizes)
 
 
 @torch.no_grad()

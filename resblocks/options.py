@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from typing import cast
@@ -252,8 +252,6 @@ class BlockLayers(Layers):
 
     def parts(self, channels: int, skip: bool) -> ResidualParts:
         """What the options say of the way in which a branch with so many channels joins the shortcut."""
-        if not skip and self._merge is not None:
-            raise ValueError(f"merge must be None with skip=False, which leaves nothing to merge, got {self._merge!r}")
         return {
             "scale": None if self._scale is None else self.build(self._scale, channels, option="scale"),
             "drop_path": DropPath(self._drop_path) if self._drop_path > 0 else None,
@@ -277,6 +275,13 @@ def check_positive(**arguments: int) -> None:
     for name, value in arguments.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def check_input_size(sizes: object) -> None:
+    """Raise unless they are positive integers, at least one."""
+    fits = isinstance(sizes, Sequence) and bool(sizes) and all(isinstance(size, int) and size > 0 for size in sizes)
+    if not fits:
+        raise ValueError(f"input_size must be positive integers, one sample without the batch, got {sizes!r}")
 
 
 def check_probability(**arguments: float) -> None:

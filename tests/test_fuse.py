@@ -169,7 +169,6 @@ def shared_branch(*, alone):
     lambda: rb.Residual(nn.Sequential(nn.Conv2d(4, 4, 1)), drop_path=AlwaysDropout()),
     lambda: shared_branch(alone=True),
     lambda: shared_branch(alone=False),
-    lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(2), nn.Unflatten(2, (8, 8))),
 ])  # fmt: skip
 def test_modules_of_other_libraries_stay_what_they_are(build):
     net, x = build().eval(), image(4, 8, batch=2)
