@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import resblocks as rb
-from resblocks import fused, winograd
+from resblocks import fused_operators, winograd
 from resblocks.fuse import FusedConv, FusedDenseBlock, FusedResidual, fuse
 from resblocks.fused import Affine, Clamp
 from tests.blocks import count, image
@@ -235,22 +235,22 @@ def test_fused_net_survives_copies():
 def test_operators_that_are_missing_or_wrong_are_not_used(monkeypatch):
     net = trained("resnet20")
     for name, test in {
-        "_convolution_pointwise": fused.has_onednn,
-        "_convolution_pointwise_": fused.can_write_over,
-        "_reorder_convolution_weight": fused.has_layouts,
+        "_convolution_pointwise": fused_operators.has_onednn,
+        "_convolution_pointwise_": fused_operators.can_write_over,
+        "_reorder_convolution_weight": fused_operators.has_layouts,
     }.items():
         test.cache_clear()
         monkeypatch.setattr(torch.ops.mkldnn, name, None, raising=False)
     x = image(3, 16, batch=2)
     with torch.no_grad():
         assert relative_error(fuse(net, input_size=(3, 16, 16), batch_size=2)(x), net(x)) < 1e-5
-    for test in (fused.has_onednn, fused.can_write_over, fused.has_layouts):
+    for test in (fused_operators.has_onednn, fused_operators.can_write_over, fused_operators.has_layouts):
         test.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_one_operator_runs_the_block_where_torch_has_it():
-    if not fused.has_onednn(torch.float32):
+    if not fused_operators.has_onednn(torch.float32):
         pytest.skip("this torch has no oneDNN")
     fast, x = fuse(trained("resnet20")), image(3, 16, batch=1)
     with torch.profiler.profile() as profile, torch.no_grad():
@@ -263,15 +263,15 @@ def test_one_operator_runs_the_block_where_torch_has_it():
 @pytest.fixture
 def written(monkeypatch):
     """The sums that were written over a shortcut, by their shapes."""
-    shapes, write = [], fused._onednn_over
+    shapes, write = [], fused_operators._onednn_over
 
     def noted(x, weight, bias, other, *rest):
         shapes.append(tuple(other.shape))
         return write(x, weight, bias, other, *rest)
 
-    if not fused.can_write_over(torch.float32):
+    if not fused_operators.can_write_over(torch.float32):
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(fused, "_onednn_over", noted)
+    monkeypatch.setattr(fused_operators, "_onednn_over", noted)
     return shapes
 
 
@@ -381,7 +381,7 @@ def test_prepacked_net_is_right_for_every_input(name, shape, memory_format):
         assert relative_error(prepacked(net)(x), net(x)) < 1e-5
 
 
-@pytest.mark.skipif(not fused.has_layouts(torch.float32), reason="this torch has no layouts of oneDNN")
+@pytest.mark.skipif(not fused_operators.has_layouts(torch.float32), reason="this torch has no layouts of oneDNN")
 @pytest.mark.parametrize("change", [
     copy.deepcopy,
     lambda net: pickle.loads(pickle.dumps(net)),
@@ -422,7 +422,7 @@ def test_weights_of_a_functional_call_are_used():
 
 def test_defaults_of_torch_do_not_matter():
     net, x = trained("resnet18", stem="cifar"), image(3, 16, batch=2)
-    fused.winograd_is_faster.cache_clear()
+    fused_operators.winograd_is_faster.cache_clear()
     torch.set_default_dtype(torch.float64)
     try:
         fast = fuse(net, input_size=(3, 16, 16), batch_size=2)
@@ -539,7 +539,7 @@ def test_winograds_algorithm_is_a_convolution(size, bias):
         assert relative_error(y.double(), conv.double()(x.double())) < 5e-6
 
 
-@pytest.mark.skipif(not fused.has_layouts(torch.float32), reason="this torch has no layouts of oneDNN")
+@pytest.mark.skipif(not fused_operators.has_layouts(torch.float32), reason="this torch has no layouts of oneDNN")
 @pytest.mark.parametrize("change", [lambda conv: conv, copy.deepcopy, lambda conv: pickle.loads(pickle.dumps(conv))])
 def test_convolution_by_winograd_adds_and_rectifies(change):
     conv, norm = nn.Conv2d(64, 64, 3, padding=1).eval(), nn.BatchNorm2d(64).eval()

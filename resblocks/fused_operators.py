@@ -1,0 +1,233 @@
+"""Convolution, addition and ReLU in one operator, where torch has it: oneDNN on the CPU, cuDNN on CUDA.
+
+None of these is part of torch's public interface, so each is tried before it is used.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resblocks import winograd
+from resblocks.residual import fitting
+from resblocks.watched import is_traced
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over its input."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+class Packed(NamedTuple):
+    """A weight as one shape of the input likes it best: oneDNN's layout of it, or what Winograd's algorithm reads.
+
+    The weight is None where there is neither; `source` is what it was made of, and the version of that.
+    """
+
+    shape: tuple[int, ...]
+    by_winograd: bool
+    weight: Tensor | None
+    source: tuple[Tensor, int | None] | None
+
+
+def runs_eagerly(x: Tensor) -> bool:
+    """Whether nothing traces and nothing is recorded, so that operators may run that only some backends know."""
+    return not is_traced(x) and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+@torch.fx.wrap
+def conv_add_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    relu: bool,
+    geometry: Geometry,
+    packed: Packed | None = None,
+    over: bool = False,
+) -> Tensor:
+    """`relu(conv(x) + other)` in one operator where torch has it; `other` and the ReLU may be left out.
+
+    With `over` the result may take the place of `other`.
+    """
+    if weight.dim() != 4 or x.dim() != 4 or x.dtype != weight.dtype or not runs_eagerly(x):
+        return plain_conv_add_relu(x, weight, bias, other, relu, geometry)
+    if x.device.type == "cpu" and has_onednn(x.dtype):
+        if packed is not None and packed.weight is not None and packed.shape == x.shape:
+            if packed.by_winograd:
+                return _winograd(x, packed.weight, bias, other, relu)
+            weight = packed.weight
+        if over and other is not None and may_write(other, x, weight, geometry):
+            return _onednn_over(x, weight, bias, other, relu, geometry)
+        return _onednn(x, weight, bias, other, relu, geometry)
+    if x.is_cuda and relu and has_cudnn(x.dtype):
+        return _cudnn(x, weight, bias, other, geometry)
+    return plain_conv_add_relu(x, weight, bias, other, relu, geometry)
+
+
+def plain_conv_add_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool, geometry: Geometry
+) -> Tensor:
+    """The same by the operators that every backend has."""
+    conv = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[weight.dim() - 3]
+    return _joined(conv(x, weight, bias, *geometry), other, relu)
+
+
+def _joined(y: Tensor, other: Tensor | None, relu: bool) -> Tensor:
+    """`relu(y + other)` of a y that nobody else has seen."""
+    if other is not None:
+        y = other + fitting(y, other)
+    return torch.relu_(y) if relu else y
+
+
+def _onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool, geometry: Geometry
+) -> Tensor:
+    operator: Any = torch.ops.mkldnn._convolution_pointwise
+    stride, padding, dilation, groups = geometry
+    moves = (padding, stride, dilation, groups)
+    if other is None:
+        y: Tensor = operator(x, weight, bias, *moves, "relu" if relu else "none", [], "")
+        return y
+    if math.prod(other.shape[2:]) == 1:  # the operator of torch 2.11 fails there
+        return _joined(operator(x, weight, bias, *moves, "none", [], ""), other, relu)
+    return fitting(operator.binary(x, other, weight, bias, *moves, "add", 1.0, "relu" if relu else None, [], ""), other)
+
+
+def _onednn_over(
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor, relu: bool, geometry: Geometry
+) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    operator: Any = torch.ops.mkldnn._convolution_pointwise_.binary
+    moves = (padding, stride, dilation, groups)
+    y: Tensor = operator(other, x, weight, bias, *moves, "add", 1.0, "relu" if relu else None, [], "")
+    return y
+
+
+def may_write(other: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether oneDNN can put the convolution's output where `other` is: what it reads must lie elsewhere."""
+    if x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
+        return False
+    stride, padding, dilation, _ = geometry
+    moves = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    positions = [(size + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, gap in moves]
+    last = other.is_contiguous(memory_format=torch.channels_last) and x.is_contiguous(memory_format=torch.channels_last)
+    fits = list(other.shape) == [len(x), len(weight), *positions] and other.dtype == x.dtype
+    return fits and last and math.prod(positions) > 1 and can_write_over(x.dtype)
+
+
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool) -> Tensor:
+    if other is None:
+        return winograd.convolve(x, weight, bias, relu)
+    y = winograd.convolve(x, weight, bias)
+    y = y.add_(fitting(other, y))
+    return y.relu_() if relu else y
+
+
+def _cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, geometry: Geometry) -> Tensor:
+    if other is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.cudnn_convolution_add_relu(x, weight, other, 1.0, bias, *geometry)
+
+
+def packed_weight(weight: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor | None:
+    """The weight in the layout that oneDNN likes best for inputs of this shape, or None where there is none."""
+    fits = weight.device.type == "cpu" and weight.dim() == len(shape) == 4
+    return _reordered(weight, shape, geometry) if fits and has_layouts(weight.dtype) else None
+
+
+def _reordered(weight: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        weight.detach(), padding, stride, dilation, groups, list(shape)
+    )
+    return packed
+
+
+SAME = Geometry([1, 1], [1, 1], [1, 1], 1)
+
+
+def fits_winograd(weight: Tensor, shape: Sequence[int], geometry: Geometry) -> bool:
+    """Whether Winograd's algorithm can be used, and has channels and tiles enough to be worth a trial."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.shape[2:] != (3, 3) or geometry != SAME:
+        return False
+    tiles = shape[0] * math.prod(-(-length // winograd.TILE) for length in shape[2:])
+    return min(weight.shape[:2]) >= 64 and tiles >= 32 and has_layouts(weight.dtype)
+
+
+@cache
+@torch.no_grad()
+def winograd_is_faster(shape: tuple[int, ...], out_channels: int, threads: int) -> bool:
+    """Whether it is, by a tenth at least, in the best of five; `threads` is what the answer depends on besides."""
+    ones = partial(torch.ones, dtype=torch.float32, device="cpu")
+    x = ones(shape).contiguous(memory_format=torch.channels_last)
+    weight = ones(out_channels, shape[1], 3, 3)
+    ways = (
+        partial(_onednn, x, _reordered(weight, shape, SAME), None, None, False, SAME),
+        partial(winograd.convolve, x, winograd.transform_weight(weight), None),
+    )
+    direct, quick = zip(*[[_seconds(way) for way in ways] for _ in range(5)], strict=True)
+    return bool(min(quick) < 0.9 * min(direct))
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+@cache
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether torch's fused oneDNN operator runs here and is right."""
+    return _is_right(torch.device("cpu"), dtype, lambda x, weight, *rest: _onednn(x, weight, *rest))
+
+
+@cache
+def can_write_over(dtype: torch.dtype) -> bool:
+    """Whether torch's fused operator that writes over what it adds runs here and is right."""
+    return _is_right(
+        torch.device("cpu"),
+        dtype,
+        lambda x, weight, bias, other, *rest: _onednn_over(x, weight, bias, other.clone(), *rest),
+    )
+
+
+@cache
+def has_layouts(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's own layouts of a weight can be had here and give right results."""
+    return has_onednn(dtype) and _is_right(
+        torch.device("cpu"), dtype, lambda x, weight, *rest: _onednn(x, _reordered(weight, x.shape, POINTWISE), *rest)
+    )
+
+
+@cache
+def has_cudnn(dtype: torch.dtype) -> bool:
+    """Whether torch's fused cuDNN operators run here and are right."""
+    return _is_right(
+        torch.device("cuda"), dtype, lambda x, weight, bias, other, _, moves: _cudnn(x, weight, bias, other, moves)
+    )
+
+
+POINTWISE = Geometry([1, 1], [0, 0], [1, 1], 1)
+
+
+@torch.no_grad()
+def _is_right(device: torch.device, dtype: torch.dtype, operator: Callable[..., Tensor]) -> bool:
+    """Whether the operator runs, and gives on small integers, which have no rounding, what the plain ones give."""
+    try:
+        x, other = (torch.ones(1, 2, 3, 3, device=device, dtype=dtype) for _ in range(2))
+        weight = torch.full((2, 2, 1, 1), -0.25, device=device, dtype=dtype)
+        given = (x, weight, torch.zeros(2, device=device, dtype=dtype), other, True, POINTWISE)
+        return bool(torch.equal(operator(*given), plain_conv_add_relu(*given)))
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
