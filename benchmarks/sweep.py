@@ -27,7 +27,8 @@ from recompress import recompressed
 
 from resblocks.training import Diverged, Ranks, Recipe, fit, get_recipe, load_dataset
 from resblocks.training.data import Dataset
-from resblocks.training.device import COMPILE_MODES
+from resblocks.training.device import COMPILE_MODES, pick_device
+from resblocks.training.environment import environment
 from resblocks.training.experiment import build_net
 from resblocks.training.files import write_json
 from resblocks.training.recipe import whole_recipe
@@ -113,7 +114,13 @@ def run_cell(cell: Cell, dataset: Dataset, file: Path, work: Path, ranks: Ranks,
         ).as_dict()
     except Diverged as error:
         failure = str(error)
-        result = {"name": cell.model, "settings": wanted(cell, dataset), "failed": failure}
+        made_with = environment(
+            pick_device(options["device"], ranks.local_rank),
+            ranks.size,
+            compile=options["compile_mode"] if options["compile"] else None,
+            graph=options["graph"],
+        )
+        result = {"name": cell.model, "settings": wanted(cell, dataset), "environment": made_with, "failed": failure}
         print(f"failed: {cell.name}: {failure}", file=sys.stderr)
     if ranks.is_first:
         write_json(file, result)
@@ -196,7 +203,7 @@ def main() -> int:
     ranks = Ranks.from_env()
     needed = sorted({cell.dataset for name in options.programmes for cell in PROGRAMMES[name]})
     datasets = {name: ranks.first_then_all(partial(load, name, options.data_dir)) for name in needed}
-    left = list(unfinished(options.programmes, options.only, datasets, options.results))
+    left = ranks.first(lambda: list(unfinished(options.programmes, options.only, datasets, options.results)))
     with torch.device("meta"):
         for cell, _ in left:  # a name that is wrong is found before hours of training
             build_net(cell.model, datasets[cell.dataset])

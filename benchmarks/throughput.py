@@ -6,7 +6,7 @@
 A step is forward, loss, backward and a fused SGD update on images that lie on the device, in channels_last, under
 bfloat16 autocast where the hardware has it. `reduce-overhead` replays forward and backward as CUDA graphs, "graph"
 the whole step as one. All contestants start from the same weights and take turns in one process; "harness" is a step
-of `resblocks.training` with its augmentation and its check for infinite losses, too.
+of `resblocks.training` with its augmentation and its check for infinite losses and gradients, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from train_step import build
 from turns import spread, take_turns
 
 from resblocks.training import Dataset, Ranks, get_recipe
-from resblocks.training.device import pick_device, pick_precision
+from resblocks.training.device import current_device, pick_device, pick_precision
 from resblocks.training.environment import environment
 from resblocks.training.files import write_json
 from resblocks.training.loop import Loop
@@ -137,7 +137,8 @@ def main() -> None:
     steps = options.steps or (20 if device.type == "cuda" else 1)
     cases = []
     for batch in options.batch:
-        cases.append(measure(batch, options.rounds, steps, options.compile, options.graph, device, dtype))
+        with current_device(device):
+            cases.append(measure(batch, options.rounds, steps, options.compile, options.graph, device, dtype))
         write_json(
             options.out, {"environment": environment(device), "throughput": cases}
         )  # after each: runs may be cut

@@ -32,7 +32,10 @@ def parse_options() -> argparse.Namespace:
         "--data-dir", type=Path, default=Path("data"), help="archive or folder of the images (default: data)"
     )
     parser.add_argument(
-        "--models", nargs="+", help=f"of list_models(), _noskip behind takes the skips out (default: {' '.join(PAPER)})"
+        "--models",
+        nargs="+",
+        help="of list_models(), _noskip behind takes the skips out; images of at most 64 pixels get the CIFAR stem "
+        f"(default: {' '.join(PAPER)})",
     )
     parser.add_argument("--recipe", choices=RECIPES, help="default: paper, and digits for the digits")
     parser.add_argument("--epochs", type=int, help="default: the recipe's")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from resblocks import list_models
+from resblocks.training import Ranks
 
 SWEEP = Path(__file__).parent.parent / "benchmarks" / "sweep.py"
 
@@ -103,7 +104,22 @@ def test_run_that_diverges_is_written_down_and_the_next_one_starts(
     files = sorted((tmp_path / "results" / "wild").iterdir(), key=lambda file: "lr-" not in file.name)
     diverged, fine = (json.loads(file.read_text()) for file in files)
     assert "infinite or NaN" in diverged["failed"]
+    assert diverged["environment"]["versions"] == fine["environment"]["versions"]
     assert fine["epochs"]
+
+
+def test_first_process_decides_for_all_what_is_left(
+    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a node without the results it would train what the others do not, and wait for them for ever."""
+
+    class Second(Ranks):
+        def first(self, work: Any, group: Any = None) -> Any:
+            return []
+
+    monkeypatch.setattr(Ranks, "from_env", Second)
+    assert run(sweep, monkeypatch, tmp_path, "tiny") == 0
+    assert "0 runs done" in capsys.readouterr().out
 
 
 def test_every_programme_names_nets_and_recipes_that_exist(sweep: dict[str, Any]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
+import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +139,84 @@ def test_grey_images_among_coloured_ones_become_coloured(tmp_path: Path) -> None
     assert load_folder(tree, cache_dir=tmp_path / "cache").train_images[0].unique().tolist() == [7]
 
 
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_in_an_archive_lead_to_their_files(kind: bytes, tmp_path: Path) -> None:
+    archive = _archive(_write_tree(tmp_path / "pets"), tmp_path / "pets.tar", "w")
+    with tarfile.open(archive, "a") as more:
+        link = tarfile.TarInfo("train/cat/again.png")
+        link.type, link.linkname = kind, "train/dog/0000.png" if kind == tarfile.LNKTYPE else "../dog/0000.png"
+        more.addfile(link)
+    data = load_folder(archive, cache_dir=tmp_path / "cache")
+    assert data.train_images[3, :, 0, 0].tolist() == list(_colour(1))
+    with tarfile.open(archive, "a") as more:
+        link.name, link.linkname = "train/cat/gone.png", "../../elsewhere.png"
+        more.addfile(link)
+    with pytest.raises(RuntimeError, match=r"gone.png in .*pets.tar links to .*elsewhere.png, which is no file of"):
+        load_folder(archive, cache_dir=tmp_path / "cache")
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    tree = _write_tree(tmp_path / "pets")
+    (tree / "train" / "cat" / "._0000.png").write_bytes(b"what macOS keeps of a file")
+    (tree / "train" / ".cache").mkdir()
+    Image.new("RGB", (6, 8)).save(tree / "train" / ".cache" / "1.png")
+    data = load_folder(tree, cache_dir=tmp_path / "cache")
+    assert (data.classes, len(data.train_images)) == (("cat", "dog"), 6)
+
+
+def test_image_of_too_many_pixels_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(RuntimeError, match=r"cat/0000.png is not an image that can be used \(.*decompression bomb"):
+        load_folder(_write_tree(tmp_path / "pets"), cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("fault", [("home", RuntimeError("no home")), ("exists", PermissionError("not searchable"))])
+def test_cache_that_cannot_be_found_costs_only_a_warning(
+    fault: tuple[str, Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise fault[1]
+
+    tree = _write_tree(tmp_path / "pets")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, fault[0], fail)
+    with pytest.warns(UserWarning, match=f"the decoded images are not kept: {fault[1]}"):
+        assert load_folder(tree).shape == (3, 8, 6)
+
+
+def test_file_put_in_the_place_of_another_is_noticed(tmp_path: Path) -> None:
+    """`cp -p` and rsync keep size and time."""
+    tree, cache = _write_tree(tmp_path / "pets", kind="bmp"), tmp_path / "cache"
+    key, old = load_folder(tree, cache_dir=cache).key, tree / "train" / "cat" / "0000.bmp"
+    about = old.stat()
+    Image.new("RGB", (6, 8), (9, 9, 9)).save(tmp_path / "new.bmp")
+    os.utime(tmp_path / "new.bmp", ns=(about.st_atime_ns, about.st_mtime_ns))
+    (tmp_path / "new.bmp").replace(old)
+    assert (old.stat().st_size, old.stat().st_mtime_ns) == (about.st_size, about.st_mtime_ns)
+    assert load_folder(tree, cache_dir=cache).key != key
+
+
+def test_what_killed_writers_left_in_the_cache_goes_after_an_hour(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name, age in {
+        ".tmp-1-a.safetensors": 4000,
+        ".tmp-2-b.safetensors.sha256": 4000,
+        ".tmp-3-c.safetensors": 0,
+    }.items():
+        (cache / name).write_text("")
+        os.utime(cache / name, (time.time() - age,) * 2)
+    load_folder(_write_tree(tmp_path / "pets"), cache_dir=cache)
+    assert [path.name for path in cache.glob(".tmp-*")] == [".tmp-3-c.safetensors"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any bytes")
+def test_folder_whose_name_is_not_utf8_is_read(tmp_path: Path) -> None:
+    tree = _write_tree(tmp_path / os.fsdecode(b"caf\xe9"))
+    for _ in range(2):
+        assert load_folder(tree, cache_dir=tmp_path / "cache").name == "caf?"
+
+
 @pytest.mark.parametrize("keep", [0.3, 0.9])
 def test_truncated_archive_is_named(keep: float, tmp_path: Path) -> None:
     archive = _archive(_write_tree(tmp_path / "tree", CIFAR_CLASSES, count=20), tmp_path / "cifar.tar.xz", "w:xz")
@@ -261,6 +342,18 @@ def test_official_files_are_read_in_every_form(
     assert len(data.classes) == getattr(sources, kind).num_classes
     assert data.train_images[:, 0, 0, 0].tolist() == sorted(number for number in range(train // 4) for _ in range(4))
     assert data.test_labels.tolist() == [0, 1, 2, train // 4]
+
+
+def test_archive_wins_over_a_folder_that_lacks_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = _official("CIFAR10", monkeypatch)
+    _pack(files, tmp_path / sources.CIFAR10.archive)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "data_batch_1").write_bytes(b"")
+    assert len(load_cifar10(tmp_path, download=False).train_images) == 20
+    (tmp_path / sources.CIFAR10.archive).unlink()
+    with pytest.raises(RuntimeError, match=r"data_batch_1 in .* is truncated or damaged"):
+        load_cifar10(tmp_path, download=False)
 
 
 def test_official_file_with_a_flipped_bit_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import math
 import re
 import runpy
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_workers import RECIPE, tiny_dataset, tiny_fit, tiny_net
 
 import resblocks.training.__main__ as entry
+from resblocks.diagnostics import GradientFlow
 from resblocks.training import (
     PAPER,
     Dataset,
@@ -43,7 +47,9 @@ from resblocks.training import (
     run_variants,
 )
 from resblocks.training.augment import draw_first_flips, normalise
-from resblocks.training.device import has_fast_bfloat16, pick_device, pick_precision
+from resblocks.training.check import check_net
+from resblocks.training.device import cudnn_search, has_fast_bfloat16, pick_device, pick_precision
+from resblocks.training.files import write_json
 from resblocks.training.loop import Loop
 from resblocks.training.meter import Meter
 from resblocks.training.ranks import Ranks
@@ -196,6 +202,47 @@ def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) ->
         pick_precision("half", cpu)
 
 
+def test_gpu_of_a_run_is_the_current_one_until_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds, streams, events and graphs of torch are those of the current GPU, which is the first one by itself."""
+    picked, entered = torch.device("cuda", 1), []
+
+    @contextlib.contextmanager
+    def made_current(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.remove(device)
+
+    def asked(**options: bool) -> bool:
+        assert entered == [picked]
+        return True
+
+    class Reached(Exception):
+        pass
+
+    def loop(*args: Any, **options: Any) -> None:
+        assert entered == [picked]
+        assert args[4] == picked
+        raise Reached
+
+    module = sys.modules["resblocks.training.fit"]
+    monkeypatch.setattr(torch.cuda, "device", made_current)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", asked)
+    monkeypatch.setattr(module, "pick_device", lambda *args: picked)
+    monkeypatch.setattr(module, "Loop", loop)
+    with pytest.raises(Reached):
+        tiny_fit(tmp_path, device="cuda:1", precision="auto")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_choice_of_convolutions_leaves_tf32_to_the_user(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", False)
+    before = cudnn.benchmark, cudnn.deterministic
+    with cudnn_search(deterministic):
+        assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (not deterministic, deterministic, False)
+    assert (cudnn.benchmark, cudnn.deterministic) == before
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -210,7 +257,9 @@ def test_out_of_memory_says_the_batch_size(error: RuntimeError, tmp_path: Path) 
             self.net = tiny_net()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise error
+            if self.training:
+                raise error
+            return self.net(x)  # one image fits
 
     with pytest.raises(
         RuntimeError,
@@ -220,20 +269,79 @@ def test_out_of_memory_says_the_batch_size(error: RuntimeError, tmp_path: Path) 
 
 
 def test_other_errors_come_through_as_they_are(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        tiny_fit(tmp_path, nn.Sequential(nn.Flatten(), nn.Linear(5, 3)))
+    net = tiny_net()
+    net[1].register_forward_pre_hook(lambda module, args: [][module.training - 1])  # only in training
+    with pytest.raises(IndexError):
+        tiny_fit(tmp_path, net)
     with FolderLock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (nn.Conv2d(1, 3, 1), r"net must take images of shape \(3, 6, 6\) \(C, H, W\), it says: .*expected input"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(5, 3)), "net must take images of shape .*mat1 and mat2"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(108, 2)), r"a logit for each class, \(1, 3\) .*, got \(1, 2\)"),
+        (nn.Conv2d(3, 3, 1), r"a logit for each class, \(1, 3\) .*, got \(1, 3, 6, 6\)"),
+        (nn.Flatten(), "net must have a parameter to train"),
+        (tiny_net().requires_grad_(False), "net must have a parameter to train"),
+    ],
+)
+def test_net_that_does_not_fit_the_data_is_refused(net: nn.Module, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_fit(tmp_path, net)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_look_at_one_image_leaves_net_and_random_numbers_alone() -> None:
+    net = tiny_net()
+    net[1].eval()
+    modes, before = [m.training for m in net.modules()], {n: t.clone() for n, t in net.state_dict().items()}
+    net[3].forward = torch.rand_like  # type: ignore[method-assign]
+    state, loop = torch.get_rng_state(), _loop(net)
+    check_net(loop, tiny_dataset())
+    assert [module.training for module in net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
 
 def test_meter_remembers_the_first_bad_step() -> None:
     meter = Meter(torch.device("cpu"))
     for step, loss in enumerate([1.0, float("nan"), 2.0, float("inf")]):
         meter.step.fill_(step)
-        meter.note_loss(torch.tensor(loss))
+        meter.note(torch.tensor(1.0), torch.tensor(loss))
     assert meter.peek()[3] == 1
     meter.reset()
     assert meter.read()[3] == 1
+
+
+class _Overflow(nn.Module):
+    """Infinite logits in evaluation only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.training else x * math.inf
+
+
+def test_non_finite_evaluation_is_a_divergence(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"evaluation loss of tiny was infinite or NaN after epoch 1 .*step000000004"):
+        tiny_fit(tmp_path, nn.Sequential(tiny_net(), _Overflow()))
+    events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert events == ["start", "diverged"]
+
+
+def test_gradient_record_that_is_not_finite_is_null(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = _loop(net := tiny_net())
+    row = GradientFlow("0.weight", params=1, mean_abs=1.0, norm=math.inf, std=0.0)
+    monkeypatch.setattr("resblocks.diagnostics.gradient_flow", lambda net: [row])
+    assert loop.gradient_layers() == [{"name": "0.weight", "mean_abs": 1.0, "norm": None}]
+    assert net.training
+
+
+def test_json_without_a_word_for_nan_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "file.json", {"loss": math.nan})
+    assert not list(tmp_path.iterdir())
 
 
 def test_fit_works_in_a_thread(tmp_path: Path) -> None:
@@ -416,6 +524,18 @@ def test_variants_are_the_papers_nets(variant: str, params: int) -> None:
     data = Dataset("x", tuple("abcdefghij"), images, labels, images, labels)
     with torch.device("meta"):
         assert sum(weight.numel() for weight in build_net(variant, data).parameters()) == params
+
+
+def test_baseline_has_no_skips_to_take_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^baseline_cnn has no skips to take out$"):
+        entry.main(["--models", "baseline_cnn_noskip", "--dataset", "digits", "--out", str(tmp_path)])
+
+
+def test_command_names_no_folders_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = "/home/jane/fit.py --data-dir /home/jane/data --out=/home/jane/a=b more=/a/b --lr 0.1 runs/x"
+    monkeypatch.setattr(sys, "argv", given.split())
+    said = environment.environment(torch.device("cpu"))["command"]
+    assert said == "fit.py --data-dir data --out=a=b more=b --lr 0.1 runs/x"
 
 
 def test_wrong_name_stops_before_the_first_training(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,38 @@ def test_killed_ranks_go_on_to_the_same_bits(step: int, two: Path, tmp_path: Pat
         assert broken["train_accuracy_percent"] == whole["train_accuracy_percent"] <= 100
 
 
+def test_killed_ranks_go_on_to_the_same_bits_where_the_order_of_a_sum_matters(tmp_path: Path) -> None:
+    """Of two numbers either order gives the same sum, of three it does not."""
+    three = {"ranks": 3, "recipe": replace(workers.RECIPE, batch_size=15)}
+    assert run(tmp_path / "whole", **three) == [0] * 3
+    assert run(tmp_path / "broken", (workers.kill_at_step, (3,)), **three) == [-signal.SIGKILL] * 3
+    assert run(tmp_path / "broken", **three) == [0] * 3
+    assert weights_of(tmp_path / "broken") == weights_of(tmp_path / "whole")
+
+
+def test_layers_that_communicate_in_training_do_not_hang(tmp_path: Path) -> None:
+    assert run(tmp_path, ranks=2, make_net=workers.talking_net, timeout_seconds=6.0) == [0, 0]
+
+
+def test_finished_run_reaches_ranks_that_have_another_disk(tmp_path: Path) -> None:
+    elsewhere = (workers.disk_of_its_own, (str(tmp_path),))
+    for _ in range(2):
+        assert run(Path("run"), elsewhere, ranks=2, keep="net") == [0, 0]
+    final = load_file(tmp_path / "0" / "run" / "weights.safetensors")
+    assert not (tmp_path / "1" / "run").exists()
+    for rank in (0, 1):
+        kept = torch.load(tmp_path / str(rank) / f"net-{rank}.pt", weights_only=True)
+        assert all(torch.equal(kept[name], tensor) for name, tensor in final.items())
+
+
+def test_evaluation_counts_fewer_images_than_ranks(tmp_path: Path) -> None:
+    recipe = replace(workers.RECIPE, batch_size=15, epochs=1)
+    assert run(tmp_path, ranks=3, recipe=recipe, evaluated=1) == [0, 0, 0]
+    (epoch,) = _epochs(tmp_path)
+    assert epoch["eval_loss"] > 0
+    assert epoch["eval_accuracy_percent"] in (0, 100)
+
+
 def test_evaluation_of_two_ranks_is_that_of_the_saved_net(two: Path) -> None:
     """Batch norm statistics differ by rank until they are made equal."""
     net = workers.tiny_net()
@@ -95,13 +128,20 @@ def test_signal_to_one_rank_stops_both_and_saves(two: Path, tmp_path: Path) -> N
 
 
 def test_non_finite_loss_on_one_rank_stops_both(tmp_path: Path) -> None:
-    assert run(tmp_path, (workers.nan_on_rank, (1, 4)), ranks=2) == [1, 1]
+    out = tmp_path / "nccl timeout"  # the message names the folder, and is not to be taken for one of torch
+    assert run(out, (workers.nan_on_rank, (1, 4)), ranks=2) == [1, 1]
     for rank in (0, 1):
-        assert "the loss of tiny was infinite or NaN at step 4" in error_of(tmp_path, rank)
-    found = load_checkpoint(tmp_path)
+        assert "loss or gradient norm of tiny was infinite or NaN at step 4" in error_of(out, rank)
+    found = load_checkpoint(out)
     assert found is not None
     assert found[1]["step"] == 4
     assert all(tensor.isfinite().all() for tensor in found[1]["net"].values())
+
+
+def test_non_finite_statistics_on_one_rank_stop_both(tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.bad_statistics_on_rank, (1,)), ranks=2, timeout_seconds=6.0) == [1, 1]
+    for rank in (0, 1):
+        assert "weights of tiny became infinite or NaN by step 2" in error_of(tmp_path, rank)
 
 
 def test_silent_rank_ends_the_run_with_an_error(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ def test_signal_during_evaluation_is_heard_at_once(epoch: int, tmp_path: Path, u
     assert weights_of(tmp_path) == unbroken
 
 
-def test_damaged_settings_are_said(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "[1]", "null"])
+def test_damaged_settings_are_said(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"run.json is damaged"):
         tiny_fit(tmp_path)
 
@@ -157,16 +159,20 @@ def test_checkpoint_holds_tensors_and_plain_types(tmp_path: Path) -> None:
     assert torch.equal(found[1]["net"]["weight"], torch.ones(2))
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_non_finite_loss_stops_before_the_update(ahead: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "ahead", "clip"), [("nan", 0, 0.0), ("nan", 1, 0.0), ("gradient", 0, 0.0), ("gradient", 1, 0.5)]
+)
+def test_non_finite_loss_or_gradient_stops_before_the_update(
+    fault: str, ahead: int, clip: float, tmp_path: Path
+) -> None:
     """The weights in memory are those of the last good step, and no bad checkpoint is written."""
-    good, bad = tiny_net(), tiny_net()
+    good, bad, recipe = tiny_net(), tiny_net(), replace(RECIPE, clip_norm=clip)
     with pytest.raises(SystemExit, match="143"):
-        _fit_with_fault(tmp_path / "good", good, "signal", 4 - 1)
+        _fit_with_fault(tmp_path / "good", good, "signal", 4 - 1, recipe=recipe)
     with pytest.raises(
         RuntimeError, match=r"at step 4 \(epoch 1\), learning rate 0.03\d+; that update was not made .*step000000004"
     ):
-        _fit_with_fault(tmp_path / "bad", bad, "nan", 4, checkpoint_steps=2 - ahead)
+        _fit_with_fault(tmp_path / "bad", bad, fault, 4, checkpoint_steps=2 - ahead, recipe=recipe)
     for name, tensor in good.named_parameters():
         assert torch.equal(tensor, dict(bad.named_parameters())[name]), name
 
@@ -178,6 +184,8 @@ def _fit_with_fault(out: Path, net: torch.nn.Module, fault: str, step: int, **op
         patch.setattr(Loop, "batch", Loop.batch)  # the faults below replace it
         if fault == "nan":
             workers.nan_on_rank(0, step)
+        elif fault == "gradient":
+            workers.infinite_gradient(step)
         else:
             workers.signal_at_step(signal.SIGTERM, step)
         tiny_fit(out, net, **options)
@@ -236,6 +244,82 @@ def test_folder_of_other_settings_is_refused(change: dict[str, object], message:
     assert files() == before
 
 
+@pytest.mark.parametrize("content", ['{"name": "tiny", "params": 1, "settings": {}, "environment": {}}', "[]"])
+def test_damaged_result_is_made_again(content: str, unbroken: bytes, tmp_path: Path) -> None:
+    tiny_fit(tmp_path)
+    (tmp_path / "result.json").write_text(content)
+    assert len(tiny_fit(tmp_path).epochs) == 2
+    assert weights_of(tmp_path) == unbroken
+
+
+def _other_start(kind: str) -> torch.nn.Module:
+    net = tiny_net()
+    if kind == "frozen":
+        net[0].requires_grad_(False)
+    else:
+        torch.nn.init.ones_(net[0].bias)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("weights", r"net.starting_weights is \[.*\] there, \[.*\] now"),
+        ("frozen", "net.frozen is None there, .*'0.weight'"),
+    ],
+)
+def test_finished_run_from_another_start_is_refused(kind: str, message: str, tmp_path: Path) -> None:
+    """A pretrained net and one from scratch would else get the same result, and lose their weights."""
+    net = tiny_net()
+    tiny_fit(tmp_path, net)
+    tiny_fit(tmp_path, net)  # the trained net itself: nothing is lost
+    other = _other_start(kind)
+    before = other[0].bias.clone()
+    with pytest.raises(ValueError, match=message):
+        tiny_fit(tmp_path, other)
+    assert torch.equal(other[0].bias, before)
+
+
+def test_finished_run_is_given_to_a_start_that_was_rounded_otherwise(tmp_path: Path) -> None:
+    """As weights of one seed are on another processor."""
+    tiny_fit(tmp_path)
+    other = tiny_net()
+    with torch.no_grad():
+        other[0].weight.mul_(1 + 1e-7)
+    before = (tmp_path / "result.json").stat().st_mtime_ns
+    tiny_fit(tmp_path, other)
+    assert (tmp_path / "result.json").stat().st_mtime_ns == before
+
+
+def test_stopped_run_goes_on_with_its_own_weights_and_says_so(unbroken: bytes, tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.kill_at_step, (7,))) == [-signal.SIGKILL]
+    with pytest.warns(UserWarning, match="started from other weights: it goes on with its own"):
+        result = tiny_fit(tmp_path, _other_start("weights"))
+    assert weights_of(tmp_path) == unbroken
+    assert result.settings == json.loads((tmp_path / "run.json").read_text())
+
+
+def test_run_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.kill_at_step, (0,))) == [-signal.SIGKILL]
+    result = tiny_fit(tmp_path, _other_start("weights"))
+    assert result.settings == json.loads((tmp_path / "run.json").read_text())
+    assert weights_of(tmp_path) != b""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": replace(RECIPE, cutout=30)}, "cutout must fit"),
+        ({"recipe": replace(RECIPE, batch_size=500)}, "batch_size must be at most"),
+        ({"graph": True}, "graph must be False"),
+    ],
+)
+def test_settings_that_cannot_work_do_not_keep_the_folder(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_fit(tmp_path, **change)
+    assert len(tiny_fit(tmp_path).epochs) == 2
+
+
 @pytest.mark.parametrize("other", ["plain", "switched", "activation"])
 def test_folder_of_a_net_with_the_same_state_dict_is_refused(other: str, tmp_path: Path) -> None:
     """A plain net with shortcut A has the weights of the residual one: its result must not be taken for it."""
@@ -256,11 +340,11 @@ def test_folder_of_a_net_with_the_same_state_dict_is_refused(other: str, tmp_pat
 def test_folder_from_before_layers_and_options_were_written_down_still_counts(tmp_path: Path) -> None:
     tiny_fit(tmp_path)
     settings = json.loads((tmp_path / "run.json").read_text())
-    del settings["net"]["layers"]
+    del settings["net"]["layers"], settings["net"]["starting_weights"]
     del settings["recipe"]["alternate_flip"]
     (tmp_path / "run.json").write_text(json.dumps(settings))
     before = (tmp_path / "result.json").stat().st_mtime_ns
-    tiny_fit(tmp_path)
+    tiny_fit(tmp_path, _other_start("frozen"))  # nor were these
     assert (tmp_path / "result.json").stat().st_mtime_ns == before
 
 
@@ -312,3 +396,14 @@ def test_log_tells_the_story(tmp_path: Path) -> None:
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["start", "epoch", "resume", "epoch", "end"]
     assert events[2]["step"] == 6
+
+
+def test_line_of_an_epoch_that_a_kill_kept_from_the_log_is_made_up_for(tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.kill_before_the_line_of_an_epoch, (1,))) == [-signal.SIGKILL]
+    result = tiny_fit(tmp_path)
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["start", "epoch", "resume", "epoch", "end"]
+    assert [event for event in events if event["event"] == "epoch"] == [
+        {"time": event["time"], "event": "epoch", **epoch}
+        for event, epoch in zip((events[1], events[3]), result.epochs, strict=True)
+    ]

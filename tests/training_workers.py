@@ -12,11 +12,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from resblocks.training import Dataset, FolderLock, Ranks, Recipe, fit
 
@@ -56,10 +58,27 @@ def tiny_net(norm: bool = True, dropout: float = 0.3) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
 
-def tiny_fit(out: Path, net: nn.Module | None = None, recipe: Recipe = RECIPE, **options: Any) -> Any:
+class Talking(nn.Module):
+    """What synchronised batch norm does: in training each forward exchanges something with all ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            dist.all_reduce(x.detach().mean())
+        return x
+
+
+def talking_net() -> nn.Module:
+    return nn.Sequential(Talking(), tiny_net())
+
+
+def tiny_fit(
+    out: Path, net: nn.Module | None = None, recipe: Recipe = RECIPE, evaluated: int = 40, **options: Any
+) -> Any:
     torch.set_num_threads(1)
+    data = tiny_dataset()
+    data = replace(data, test_images=data.test_images[:evaluated], test_labels=data.test_labels[:evaluated])
     usual = {"device": "cpu", "precision": "float32", "progress": False, "checkpoint_steps": 2, "name": "tiny"}
-    return fit(net or tiny_net(), tiny_dataset(), recipe, out=out, **{**usual, **options})
+    return fit(net or tiny_net(), data, recipe, out=out, **{**usual, **options})
 
 
 # Faults: each is called in the worker before training
@@ -172,6 +191,48 @@ def nan_on_rank(rank: int, step: int) -> None:
     Loop.batch = batch  # type: ignore[method-assign]
 
 
+def infinite_gradient(step: int) -> None:
+    """A finite loss, and a gradient that is not, from `step` on."""
+    from resblocks.training.loop import Loop
+
+    original = Loop.batch
+
+    def batch(self: Loop, at: int) -> Any:
+        if at == step:
+            next(self.net.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+        return original(self, at)
+
+    Loop.batch = batch  # type: ignore[method-assign]
+
+
+def bad_statistics_on_rank(rank: int) -> None:
+    """The buffers of one rank only are not finite."""
+    from resblocks.training.loop import Loop
+
+    Loop.finite = lambda self: self.ranks.rank != rank  # type: ignore[method-assign]
+
+
+def disk_of_its_own(folder: str) -> None:
+    """A relative path leads each rank to another folder, as on nodes that share no disk."""
+    mine = Path(folder) / os.environ["RANK"]
+    mine.mkdir(exist_ok=True)
+    os.chdir(mine)
+
+
+def kill_before_the_line_of_an_epoch(epoch: int) -> None:
+    """kill -9 between the checkpoint of an epoch and its line in the log."""
+    from resblocks.training.log import RunLog
+
+    original = RunLog.epoch
+
+    def write(self: RunLog, record: Any, *rest: Any) -> None:
+        if record["epoch"] == epoch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, record, *rest)
+
+    RunLog.epoch = write  # type: ignore[method-assign]
+
+
 def sleep_on_rank(rank: int, step: int, seconds: float) -> None:
     """One rank hangs."""
     from resblocks.training.loop import Loop
@@ -210,13 +271,15 @@ def _worker(
     for fault, arguments in faults:
         fault(*arguments)
     net = options.pop("make_net", tiny_net)()
-    timeout = options.pop("timeout_seconds", 60.0)
+    timeout, keep = options.pop("timeout_seconds", 60.0), options.pop("keep", None)
     try:
         ranks = Ranks.from_env(timeout_seconds=timeout)
         load_seconds = options.pop("load_seconds", 0.0)
         waits = [load_seconds] if ranks.is_first else []  # the second time it is in the cache
         ranks.first_then_all(lambda: time.sleep(waits.pop() if waits else 0))
         tiny_fit(Path(out), net, ranks=ranks, **options)
+        if keep:
+            torch.save(net.state_dict(), f"{keep}-{ranks.rank}.pt")
     except Exception as error:
         Path(out).mkdir(exist_ok=True)
         with contextlib.suppress(OSError):

@@ -26,6 +26,7 @@ from resblocks.training.experiment import (
 from resblocks.training.figures import draw_figures
 from resblocks.training.files import FolderLock
 from resblocks.training.fit import Diverged, fit
+from resblocks.training.predict import Trained, load_trained
 from resblocks.training.ranks import Ranks
 from resblocks.training.recipe import RECIPES, Recipe, get_recipe
 from resblocks.training.result import Result
@@ -43,6 +44,7 @@ __all__ = [
     "Recipe",
     "Result",
     "SomeDiverged",
+    "Trained",
     "augment",
     "build_net",
     "cutout",
@@ -57,6 +59,7 @@ __all__ = [
     "load_dataset",
     "load_digits",
     "load_folder",
+    "load_trained",
     "load_weights",
     "normalise",
     "results_table",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 import typing
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from resblocks.training.data import DATASETS, load_dataset
 from resblocks.training.device import COMPILE_MODES
 from resblocks.training.experiment import run_experiment
+from resblocks.training.fit import fit
 from resblocks.training.ranks import Ranks
 from resblocks.training.recipe import RECIPES, Recipe, get_recipe
 
@@ -46,7 +48,8 @@ class Config:
 
 
 HELP = {
-    "models": "names of list_models(); _noskip behind a name takes the skips out, _bn gives the baseline batch norm",
+    "models": "names of list_models(); _noskip behind a name takes the skips out, _bn gives the baseline batch norm; "
+    "images of at most 64 pixels get the CIFAR stem",
     "dataset": "data set",
     "data_dir": "archive or folder of the images",
     "validation": "hold out so many training images and evaluate on them, for selection; 0: the test set",
@@ -154,23 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = ranks.first_then_all(lambda: load_dataset(config.dataset, config.data_dir))
     if config.validation:
         dataset = dataset.with_validation(config.validation)  # the same images for every seed
-    names = (
-        "seed",
-        "device",
-        "precision",
-        "compile",
-        "compile_mode",
-        "graph",
-        "channels_last",
-        "small_maps",
-        "deterministic",
-        "gradients",
-        "checkpoint_steps",
-        "checkpoint_seconds",
-        "tensorboard",
-        "progress",
-    )
-    options = {name: getattr(config, name) for name in names}
+    of_fit = inspect.signature(fit).parameters.keys() - {"dataset", "recipe", "out"}
+    options = {name: value for name, value in vars(config).items() if name in of_fit}
     formats = ("png", "svg") if config.svg else ("png",)
     run_experiment(config.models, dataset, recipe, out=config.out, formats=formats, ranks=ranks, **options)
     ranks.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+from collections.abc import Iterator
 
 import torch
 
@@ -39,10 +41,31 @@ def pick_device(device: str = "auto", local_rank: int = 0) -> torch.device:
     return picked
 
 
+def current_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a GPU the current one for a while: the one whose seeds, streams, events and graphs torch takes."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def cudnn_search(deterministic: bool) -> Iterator[None]:
+    """Let cuDNN take the fastest of its convolutions, or the deterministic ones.
+
+    `torch.backends.cudnn.flags` would also switch TF32 on, whatever the user chose.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """True where the hardware multiplies in bfloat16; emulated, it is correct and many times slower than float32."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with current_device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):  # oneDNN reports support for AVX512 alone, which emulates

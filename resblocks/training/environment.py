@@ -51,10 +51,16 @@ def commit() -> str | None:
 
 
 def _command() -> str:
-    """How the programme was started, without the folders of its file."""
+    """How the programme was started, without the folders of its file and of absolute paths."""
     first = Path(sys.argv[0])
     start = ["python", "-m", __package__] if first.name == "__main__.py" else [first.name]
-    return shlex.join([*start, *sys.argv[1:]])
+    return shlex.join([*start, *map(_without_folders, sys.argv[1:])])
+
+
+def _without_folders(argument: str) -> str:
+    """An argument with the last part of an absolute path alone: the folders before may name people and machines."""
+    option, equals, value = ("", "", argument) if Path(argument).is_absolute() else argument.partition("=")
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def _device_name(device: torch.device) -> str:

@@ -33,14 +33,16 @@ class SomeDiverged(Diverged):
 
 
 def build_net(variant: str, dataset: Dataset, seed: int = 0) -> Network:
-    """A named net for a data set's classes and channels, with the stem for small images and weights from the seed.
+    """A named net for a data set's classes and channels, with weights from the seed.
+
+    Images of at most 64 pixels a side get the CIFAR stem, larger ones the net's own.
 
     Args:
         variant: a name of `resblocks.list_models()`, with "_noskip" behind it for the net without skips, or "_bn" for
             batch norm in the baseline.
 
     Raises:
-        ValueError: what `resblocks.create_model` raises.
+        ValueError: no skips to take out; what `resblocks.create_model` raises.
     """
     options: dict[str, Any] = {"num_classes": len(dataset.classes), "in_channels": dataset.shape[0]}
     if max(dataset.shape[1:]) <= 64:
@@ -48,6 +50,8 @@ def build_net(variant: str, dataset: Dataset, seed: int = 0) -> Network:
     name = variant
     if variant.endswith("_noskip"):
         name, options["skip"] = variant.removesuffix("_noskip"), False
+        if name.startswith("baseline_cnn"):
+            raise ValueError(f"{name} has no skips to take out")
     elif variant.endswith("_bn"):
         name, options["norm"] = variant.removesuffix("_bn"), torch.nn.BatchNorm2d
     torch.manual_seed(seed)

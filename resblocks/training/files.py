@@ -69,8 +69,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """`write_atomic` of indented JSON."""
-    write_atomic(path, json.dumps(value, indent=1) + "\n")
+    """`write_atomic` of indented JSON.
+
+    Raises:
+        ValueError: a number is infinite or NaN, which JSON does not have.
+    """
+    write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def digest_path(path: Path) -> Path:

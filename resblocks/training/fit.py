@@ -16,14 +16,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .check import check_net
 from .checkpoint import list_checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights
 from .data import Dataset
-from .device import check_compile_mode, pick_device, pick_precision
+from .device import check_compile_mode, cudnn_search, current_device, pick_device, pick_precision
 from .environment import environment
 from .files import FolderLock, remove_leftovers, write_json
-from .folder import claim, layers, layout, read_finished
+from .folder import check_settings, claim, net_settings, read_finished
 from .log import RunLog
 from .loop import Loop
+from .predict import describe
 from .ranks import Ranks
 from .recipe import Recipe
 from .result import Result
@@ -32,7 +34,7 @@ from .small_maps import check_small_maps, small_map_products
 
 
 class Diverged(RuntimeError):
-    """The loss or the weights became infinite or NaN; the last good checkpoint is kept."""
+    """Loss, gradient, weights or evaluation became infinite or NaN; the last good checkpoint is kept."""
 
 
 def fit(
@@ -66,7 +68,8 @@ def fit(
     Args:
         net: with the weights to start from; at the end it holds the trained ones, on `device`, in evaluation mode.
         out: folder of this run: checkpoints, log.jsonl, weights.safetensors, result.json. One run at a time.
-        seed: of order, augmentation and dropout; that of the initial weights is the caller's affair.
+        seed: of order, augmentation and dropout; that of the initial weights is the caller's affair. Only a net with
+            the same ones is given a finished run's result; a stopped run goes on from its checkpoint.
         device: auto, cpu, cuda, cuda:1, ... precision: auto, float32, bfloat16 (autocast).
         small_maps: on the CPU run 3x3 convolutions with small output maps as matrix products where that was measured to
             be faster; equal up to rounding, see `resblocks.training.small_maps`.
@@ -77,8 +80,8 @@ def fit(
         checkpoint_steps: also after so many steps (0: only by time). checkpoint_seconds: also after so much time.
 
     Raises:
-        ValueError: settings that cannot work, or `out` holds a run of other settings.
-        Diverged: the loss or a weight became infinite or NaN; that update was not made.
+        ValueError: settings that cannot work, a net that does not fit the data, or `out` holds a run of other settings.
+        Diverged: loss, gradient, weights or evaluation became infinite or NaN; the last good checkpoint is kept.
         RuntimeError: missing device, folder in use, full disk, out of memory, silent rank.
         Interrupted: SIGTERM or Ctrl-C, after the step is done and saved (a SystemExit with status 143 or 130).
     """
@@ -87,33 +90,37 @@ def fit(
     for option, value in {"checkpoint_steps": checkpoint_steps, "checkpoint_seconds": checkpoint_seconds}.items():
         if value < 0:
             raise ValueError(f"{option} must be at least 0, got {value}")
+    if not any(weight.requires_grad for weight in net.parameters()):
+        raise ValueError("net must have a parameter to train, got none with requires_grad=True")
     picked = pick_device(device, ranks.local_rank)
     dtype = pick_precision(precision, picked)
     settings = {
-        "net": {"name": name, "layout": layout(net), "layers": layers(net)},
+        "net": net_settings(net, name),
         "dataset": {"name": dataset.name, "split": dataset.split, "sha256": dataset.key},
         "recipe": recipe.as_dict(),
         "seed": seed,
         "precision": str(dtype).removeprefix("torch."),
         "channels_last": channels_last,
     }
+    model = describe(net, dataset)
     if small_maps:  # it changes the rounding; without it, older folders stay those of the same run
         check_small_maps(picked, compile)
         settings["small_maps"] = True
     with contextlib.ExitStack() as stack:
+        stack.enter_context(current_device(picked))
         lock = FolderLock(out)
         stack.callback(lock.release)
         ranks.first(lock.acquire)
-        ranks.first(lambda: claim(out, settings))
+        settings = ranks.first(lambda: check_settings(out, settings))
         if done := ranks.first(lambda: read_finished(out)):
-            load_weights(out / "weights.safetensors", net.to(picked).eval())
+            net.to(picked).eval()
+            ranks.first(lambda: load_weights(out / "weights.safetensors", net))  # other nodes may have other disks
+            ranks.broadcast_(list(net.state_dict().values()))
             return done
         if small_maps:
             stack.enter_context(small_map_products(net))
         if picked.type == "cuda":
-            stack.enter_context(
-                torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic)
-            )
+            stack.enter_context(cudnn_search(deterministic))
         loop = Loop(
             net,
             dataset,
@@ -127,10 +134,13 @@ def fit(
             channels_last=channels_last,
             graph=graph,
         )
+        check_net(loop, dataset)
+        ranks.first(lambda: claim(out, settings))  # only now: settings that cannot work would keep the folder
         params = sum(weight.numel() for weight in net.parameters())
         images = {"train": len(dataset.train_images), "eval": len(dataset.test_images)}
         options = {"compile": compile_mode if compile else None, "graph": graph, "deterministic": deterministic}
-        result = Result(name, params, settings, environment(picked, ranks.size, images=images, **options))
+        made_with = environment(picked, ranks.size, images=images, **options)
+        result = Result(name, params, settings, made_with, model=model)
         log = RunLog(out, name, active=ranks.is_first, progress=progress, tensorboard=tensorboard)
         stack.callback(log.close)
         run = _Run(
@@ -209,8 +219,13 @@ class _Run:
             self.save()
             self.interrupt(self.signals.number)
             return
+        epoch = len(self.result.epochs) + 1
+        if not math.isfinite(evaluated[0]):
+            self.log.event("diverged", step=self.step)
+            name = self.result.name
+            raise Diverged(f"the evaluation loss of {name} was infinite or NaN after epoch {epoch} {self.advice()}")
         record = {
-            "epoch": len(self.result.epochs) + 1,
+            "epoch": epoch,
             "step": self.step,
             "lr": loop.recipe.lr_at(self.step - 1, loop.total_steps),
             "train_loss": loss / images,
@@ -238,9 +253,8 @@ class _Run:
         return loss, correct, images, self.loop.meter.read()[3]
 
     def record_gradients(self) -> None:
-        if self.ranks.is_first:
-            epoch = len(self.result.epochs)
-            self.result.gradients.append({"epoch": epoch, "layers": self.loop.gradient_layers()})
+        gradients = self.loop.gradient_layers()
+        self.result.gradients.append({"epoch": len(self.result.epochs), "layers": gradients})
 
     def save(self) -> None:
         """Checkpoint, unless the weights are no good: what is on the disk then is better."""
@@ -248,7 +262,8 @@ class _Run:
         bad = self.loop.meter.read()[3]
         if math.isfinite(bad):
             self.diverge()
-        if not self.loop.finite():
+        (broken,) = self.ranks.max(int(not self.loop.finite()))  # statistics of batch norm differ by rank
+        if broken:
             raise Diverged(f"weights of {self.result.name} became infinite or NaN by step {self.step} {self.advice()}")
         state |= {
             "step": self.step,
@@ -270,6 +285,7 @@ class _Run:
         self.loop.load(state)
         self.step, self.seconds = state["step"], state["seconds"]
         self.result.epochs, self.result.gradients = state["epochs"], state["gradients"]
+        self.log.catch_up(self.result.epochs)
         self.log.event("resume", step=self.step, checkpoint=path.name, environment=self.result.environment)
         self.log.say(f"{self.result.name}  goes on at step {self.step} of {self.loop.total_steps}")
 
@@ -306,7 +322,7 @@ class _Run:
         lr, epoch = self.loop.recipe.lr_at(step, self.loop.total_steps), step // self.loop.steps_per_epoch + 1
         self.log.event("diverged", step=step, lr=lr)
         raise Diverged(
-            f"the loss of {self.result.name} was infinite or NaN at step {step} (epoch {epoch}), "
+            f"loss or gradient norm of {self.result.name} was infinite or NaN at step {step} (epoch {epoch}), "
             f"learning rate {lr:.4g}; that update was not made {self.advice()}"
         )
 
@@ -327,7 +343,7 @@ class _Run:
                     f"out of memory at step {self.step} with batch size {batch} ({each} on each of {size} processes): "
                     f"give a smaller --batch-size, or more processes, in another --out"
                 ) from error
-            if self.ranks.on and any(sign in str(error).lower() for sign in _NO_ANSWER):
+            if self.ranks.is_no_answer(error):
                 raise RuntimeError(
                     f"another process died or was silent too long at step {self.step}; "
                     f"the last checkpoint stays: run the same command again"
@@ -335,5 +351,4 @@ class _Run:
             raise
 
 
-_NO_MEMORY = ("can't allocate memory", "not enough memory")
-_NO_ANSWER = ("timed out", "timeout", "connection", "broken pipe", "nccl")  # of gloo and NCCL, in lower case
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")

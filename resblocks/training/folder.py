@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import list_checkpoints
+from .extras import require
 from .files import is_intact, write_json
 from .recipe import whole_recipe
 from .result import Result
+
+START = "net.starting_weights"
 
 
 def layout(net: nn.Module) -> str:
@@ -27,27 +32,84 @@ def layers(net: nn.Module) -> str:
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Write the settings into a new folder; in an old one they must be the same."""
+def weights(state: dict[str, Tensor]) -> list[float]:
+    """Sum and norm of all values of a state dict.
+
+    No digest of the bits: weights drawn from one seed may differ in the last digits from processor to processor.
+    """
+    values = [tensor.detach().cpu().double().nan_to_num(0, 0, 0) for tensor in state.values()]
+    total = float(sum(tensor.sum() for tensor in values))
+    return [total, math.hypot(*(float(tensor.norm()) for tensor in values))]
+
+
+def are_same(weights: list[float], others: list[float]) -> bool:
+    """Whether two of these are of the same weights, up to rounding; those of two seeds are about a norm apart."""
+    return all(abs(one - other) <= 1e-4 * weights[1] for one, other in zip(weights, others, strict=True))
+
+
+def net_settings(net: nn.Module, name: str) -> dict[str, Any]:
+    """What of a net decides the run: its layers, the weights it starts from, and which of them are frozen."""
+    settings: dict[str, Any] = {"name": name, "layout": layout(net), "layers": layers(net)}
+    settings["starting_weights"] = weights(net.state_dict())
+    frozen = sorted(name for name, weight in net.named_parameters() if not weight.requires_grad)
+    return settings | ({"frozen": frozen} if frozen else {})
+
+
+def check_settings(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run that the folder holds, or those given where it holds none; nothing is written.
+
+    A stopped run goes on from its checkpoint, whatever weights it is given, so that a net that was not seeded is not
+    lost: then a warning says so. A finished run takes the weights that it started from, or those that it ended with.
+
+    Raises:
+        ValueError: the folder holds a run of other settings.
+    """
     path = out / "run.json"
     if not path.exists():
         if list_checkpoints(out):
             raise ValueError(
                 f"out: {out} holds checkpoints but no run.json, so whose they are is not known: choose another --out"
             )
-        write_json(path, settings)
-        return
+        return settings
     try:
-        there, here = _flat(json.loads(path.read_text())), _flat(settings)
+        written = json.loads(path.read_text())
+        if not isinstance(written, dict):
+            raise ValueError("it holds no settings")
     except ValueError as error:
         raise ValueError(f"out: {path} is damaged ({error}): choose another --out, or remove {out}") from error
-    there.setdefault("net.layers", here.get("net.layers"))  # folders from before it was written
+    there, here = _flat(written), _flat(settings)
+    if START not in there:  # folders from before these were written
+        there |= {key: here[key] for key in (START, "net.frozen") if key in here}
+    there.setdefault("net.layers", here.get("net.layers"))
     there = _flat({"recipe": whole_recipe({})}) | there
-    if different := [key for key in {**there, **here} if there.get(key) != here.get(key)]:
+    different = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if START in different and START in there and are_same(there[START], here[START]):
+        different.remove(START)
+    if different == [START]:
+        if read_finished(out) is None:
+            return _goes_on(out, written, settings)
+        if are_same(weights(require("safetensors.torch").load_file(out / "weights.safetensors")), here[START]):
+            return written
+    if different:
         changes = "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} now" for key in different)
         raise ValueError(
             f"out: {out} holds a run of other settings ({changes}): choose another --out, or remove that folder"
         )
+    return settings
+
+
+def _goes_on(out: Path, there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a stopped run that differ in the starting weights."""
+    if not list_checkpoints(out):
+        return here
+    warnings.warn(f"{out} holds a run that started from other weights: it goes on with its own", stacklevel=2)
+    return {**here, "net": there["net"]}
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Write the settings beside the run; one without a checkpoint starts anew, and so do they."""
+    if not list_checkpoints(out):
+        write_json(out / "run.json", settings)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -18,12 +19,12 @@ class RunLog:
     def __init__(
         self, folder: Path, name: str, *, active: bool, progress: bool = True, tensorboard: bool = False
     ) -> None:
-        self.active, self.name = active, name
+        self.active, self.name, self._path = active, name, folder / "log.jsonl"
         self._board: Any = None
         if active and tensorboard:  # first, since it may be missing
             self._board = require("torch.utils.tensorboard", "tensorboard", "tensorboard").SummaryWriter(folder)
-        self._file = (folder / "log.jsonl").open("a") if active else None
-        if self._file is not None and not _ends_in_newline(folder / "log.jsonl"):
+        self._file = self._path.open("a") if active else None
+        if self._file is not None and not _ends_in_newline(self._path):
             self._file.write("\n")  # a line that a kill tore does not take the next one with it
         self._talks = active and progress
         self._bar: Any = None
@@ -76,7 +77,7 @@ class RunLog:
 
     def epoch(self, record: dict[str, Any], epochs: int, split: str, seconds_left: float) -> None:
         """One line and one event for a finished epoch."""
-        self.event("epoch", **record)
+        self._record(record)
         left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
         self.say(
             f"{self.name}  epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"
@@ -84,6 +85,16 @@ class RunLog:
             f"  {split} loss {record['eval_loss']:.4f} acc {record['eval_accuracy_percent']:5.2f} %"
             f"  {record['images_per_second']:,.0f} img/s  {left} left"
         )
+
+    def catch_up(self, records: list[dict[str, Any]]) -> None:
+        """Write the finished epochs that the log lacks: a kill may come between a checkpoint and its line."""
+        logged = _epochs_in(self._path) if self.active else set()
+        for record in records if self.active else []:
+            if record["epoch"] not in logged:
+                self._record(record)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.event("epoch", **record)
         if self._board is not None:
             for key in (
                 "lr",
@@ -100,6 +111,17 @@ class RunLog:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _epochs_in(path: Path) -> set[int]:
+    """The epochs that a log holds; a line that a kill tore counts for nothing."""
+    found = set()
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if event["event"] == "epoch":
+                found.add(event["epoch"])
+    return found
 
 
 def _ends_in_newline(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -68,8 +69,15 @@ class Loop:
         self.forward: Callable[[Tensor], Tensor] = torch.compile(net, mode=compile_mode) if compile else net
         self.model: Callable[[Tensor], Tensor] = self.forward
         if ranks.on:
-            devices = [device.index] if device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(self.forward, device_ids=devices)
+            on_gpu = device.type == "cuda"
+            self.model = nn.parallel.DistributedDataParallel(
+                self.forward,
+                device_ids=[device.index] if on_gpu else None,
+                # Else gradients are grouped anew after a process's first step, and with them the order of the sums,
+                # which matters from three ranks on: a resumed run would round in another way. Only the CPU promises
+                # the same bits.
+                find_unused_parameters=ranks.size > 2 and not on_gpu,
+            )
         self.optimizer = torch.optim.SGD(
             self.net.parameters(),
             lr=recipe.lr,
@@ -103,7 +111,7 @@ class Loop:
         return images.contiguous(memory_format=self.memory_format), self.labels[rows]
 
     def train_step(self, step: int) -> None:
-        """One update. Where the loss of any rank is not finite, this step and all later ones change no weight."""
+        """One update. Where a rank's loss or the gradient is not finite, this and all later steps change no weight."""
         self.reseed(derive_seed("step", self.seed, step, self.ranks.rank))  # dropout, stochastic depth
         self.net.train()
         lr = self.recipe.lr_at(step, self.total_steps)
@@ -117,7 +125,7 @@ class Loop:
     def update(self, images: Tensor, labels: Tensor, lr: float | Tensor) -> None:
         """The part of a step that a graph can hold: nothing here asks the device for a value.
 
-        The fused optimizer skips where `found_inf` is 1, so the host need not know whether the loss is finite.
+        The fused optimizer skips where `found_inf` is 1, so the host need not know what is finite.
         """
         self._set_lr(lr)
         if self.replays:
@@ -126,13 +134,17 @@ class Loop:
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
         loss.backward()
-        if self.recipe.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_norm)
-        first_bad = self.ranks.min_(self.meter.note_loss(loss.detach()))
+        first_bad = self.ranks.min_(self.meter.note(loss.detach(), self.clip()))
         self.optimizer.found_inf = torch.isfinite(first_bad).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.meter.add(loss.detach(), logits.detach(), labels)
+
+    def clip(self) -> Tensor:
+        """Clip the gradient if the recipe says so; returns the norm that it had, a tensor of shape ()."""
+        if self.recipe.clip_norm > 0:
+            return nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_norm)
+        return nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
 
     def _set_lr(self, lr: float | Tensor) -> None:
         for group in self.optimizer.param_groups:
@@ -150,13 +162,11 @@ class Loop:
 
         Each image is seen by exactly one rank, none twice: padding to equal parts would bias the mean.
         """
-        self.ranks.broadcast_(
-            [buffer for buffer in self.net.buffers() if buffer.numel()]
-        )  # batch norm statistics differ by rank
+        self.ranks.broadcast_(list(self.net.buffers()))  # batch norm statistics differ by rank
         self.net.eval()
         sums = Meter(self.device)
-        rows = torch.arange(self.ranks.rank, len(self.test_images), self.ranks.size, device=self.device)
-        for part in rows.split(self.local_batch):
+        rows = torch.arange(len(self.test_images), device=self.device)[self.ranks.rank :: self.ranks.size]
+        for part in rows.split(self.local_batch) if len(rows) else ():  # there may be more ranks than images
             if not self.ranks.on and stop():  # with several ranks the flag is agreed on between steps only
                 return None
             images = normalise(self.test_images[part], self.mean, self.std).contiguous(memory_format=self.memory_format)
@@ -175,7 +185,10 @@ class Loop:
         return logits.clone() if self.replays else logits
 
     def gradient_layers(self) -> list[dict[str, Any]]:
-        """The gradient of each convolution and linear weight, on fixed training images, in float32 and on a copy."""
+        """The gradient of each convolution and linear weight, on fixed training images, in float32 and on a copy.
+
+        For all ranks to call together: layers such as SyncBatchNorm exchange statistics. None is what is not finite.
+        """
         from resblocks.diagnostics import gradient_flow
 
         net = copy.deepcopy(self.net).train()  # running statistics and gradients of the real one stay as they are
@@ -184,7 +197,10 @@ class Loop:
         rows = self.order(0)[:GRADIENT_IMAGES]  # shuffled: files come class by class
         images = normalise(self.images[rows], self.mean, self.std).contiguous(memory_format=self.memory_format)
         F.cross_entropy(net(images), self.labels[rows], label_smoothing=self.recipe.label_smoothing).backward()
-        return [{"name": row.name, "mean_abs": row.mean_abs, "norm": row.norm} for row in gradient_flow(net)]
+        return [
+            {"name": row.name, "mean_abs": _finite(row.mean_abs), "norm": _finite(row.norm)}
+            for row in gradient_flow(net)
+        ]
 
     def reseed(self, seed: int) -> None:
         """Seed the CPU and our device only: torch.manual_seed visits all back ends, which takes milliseconds."""
@@ -214,3 +230,8 @@ class Loop:
             self.graphed = GraphedStep(self.update, self._changing)
         if self.ranks.is_first:  # else they would be counted once per rank
             self.meter.values[:3] = state["sums"].to(self.device)
+
+
+def _finite(number: float) -> float | None:
+    """JSON has neither infinity nor NaN."""
+    return number if math.isfinite(number) else None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Meter:
-    """Loss, correct answers and images so far, and the first step whose loss was not finite.
+    """Loss, correct answers and images so far, and the first step whose loss or gradient was not finite.
 
     On a GPU `peek` returns the newest numbers that have already arrived, usually a few steps old; `read` waits.
     """
@@ -24,9 +24,12 @@ class Meter:
             self._arrived = torch.cuda.Event()
             self._seen, self._underway = (0.0, 0.0, 0.0, math.inf), False
 
-    def note_loss(self, loss: Tensor) -> Tensor:
-        """Remember the step if its loss is the first that is not finite; returns that memory, a view of (1,)."""
-        bad = torch.where(torch.isfinite(loss), math.inf, self.step)
+    def note(self, *numbers: Tensor) -> Tensor:
+        """Remember the step if it is the first with a number that is not finite; returns that memory, a view of (1,).
+
+        Shape: each number ().
+        """
+        bad = torch.where(torch.stack(numbers).isfinite().all(), math.inf, self.step)
         first = self.values[3:]
         torch.minimum(first, bad, out=first)
         return first

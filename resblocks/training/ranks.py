@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_NO_ANSWER = ("gloo/transport/", "Application timeout caused pair closure")  # gloo has no error type of its own
 
 
 class Ranks:
@@ -70,7 +71,12 @@ class Ranks:
     def broadcast_(self, tensors: list[Tensor]) -> None:
         """Give all ranks the values of the first, in place."""
         for tensor in tensors if self.on else []:
-            dist.broadcast(tensor, src=0)
+            if tensor.numel():
+                dist.broadcast(tensor, src=0)
+
+    def is_no_answer(self, error: RuntimeError) -> bool:
+        """True where torch says that another rank is gone or silent. Our own errors name folders, of any name."""
+        return self.on and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in _NO_ANSWER))
 
     def first(self, work: Callable[[], T], group: Any = None) -> T:
         """Do `work` on the first rank only and hand its result to all; an error there is raised on every rank."""

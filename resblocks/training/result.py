@@ -26,7 +26,8 @@ class Result:
 
     `epochs`: per epoch {epoch, step, lr, train_loss, train_accuracy_percent, eval_loss, eval_accuracy_percent,
     images_per_second, seconds, eval_seconds}. `gradients`: {epoch, layers: [{name, mean_abs, norm}, ...]}, epoch 0 is
-    the net at its initialisation.
+    the net at its initialisation. `model`: what `load_trained` needs beside the weights, {config, classes, shape, mean,
+    std}; runs from before it was written have none.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Result:
     environment: dict[str, Any]  # what they were made with: versions, device, command, commit
     epochs: list[dict[str, Any]] = field(default_factory=list)
     gradients: list[dict[str, Any]] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
 
     @property
     def accuracy_percent(self) -> float:
@@ -54,4 +56,12 @@ class Result:
 
     @classmethod
     def read(cls, path: str | Path) -> Result:
-        return cls(**json.loads(Path(path).read_text()))
+        """The result in a file.
+
+        Raises:
+            ValueError, TypeError: it is damaged.
+        """
+        result = cls(**json.loads(Path(path).read_text()))
+        if not result.epochs:
+            raise ValueError(f"{path} holds no epochs")
+        return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import lzma
 import os
 import pickle
 import tarfile
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .extras import require
-from .files import is_intact, sha256, write_digested
+from .files import _TEMPORARY, is_intact, sha256, write_digested
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 _DAMAGED = (tarfile.ReadError, EOFError, lzma.LZMAError, zlib.error, OSError)
@@ -34,15 +36,16 @@ def is_archive(path: Path) -> bool:
 
 
 def stem(path: Path) -> str:
-    """The name of a folder, or of an archive without its endings."""
-    return path.name.partition(".")[0] if is_archive(path) else path.resolve().name
+    """The name of a folder, or of an archive without its endings; "?" for what of it is not UTF-8."""
+    name = path.name.partition(".")[0] if is_archive(path) else path.resolve().name
+    return name.encode(errors="replace").decode()
 
 
 def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     """The files of a folder or of a tar archive, in sorted or archive order; nothing is unpacked to the disk.
 
     Raises:
-        RuntimeError: the archive is truncated or damaged.
+        RuntimeError: the archive is truncated or damaged, or holds a link to what is no file of it.
     """
     if path.is_dir():
         for file in _files(path):
@@ -51,12 +54,24 @@ def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                if member.isfile():
-                    content = archive.extractfile(member)
-                    assert content is not None
-                    yield PurePosixPath(member.name), content.read()
+                if member.isfile() or member.islnk() or member.issym():
+                    yield PurePosixPath(member.name), _content(path, archive, member)
     except _DAMAGED as error:
         raise RuntimeError(f"{path} is truncated or damaged ({error}): get it again") from error
+
+
+def _content(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Of a file, or of the file in the archive that a link leads to."""
+    try:
+        content = archive.extractfile(member)
+    except KeyError:
+        content = None
+    if content is None:
+        raise RuntimeError(
+            f"{member.name} in {path} links to {member.linkname}, which is no file of the archive: "
+            f"pack it with tar --dereference"
+        )
+    return content.read()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -84,12 +99,12 @@ class Official:
         return 100 if self.labels == "fine_labels" else 10
 
     def find(self, path: Path) -> Path | None:
-        """The archive or the unpacked folder: `path` itself or inside it."""
+        """The archive or the unpacked folder: `path` itself or inside it, a folder that lacks files last."""
         folder = self._torchvision().base_folder
-        for candidate in (path / folder, path / self.archive, path):
-            if candidate.name in (folder, self.archive) and candidate.exists():
-                return candidate
-        return None
+        candidates = (path / folder, path / self.archive, path)
+        found = [place for place in candidates if place.name in (folder, self.archive) and place.exists()]
+        found.sort(key=lambda place: place.is_dir() and not all((place / name).exists() for name in self._wanted()))
+        return found[0] if found else None
 
     def download(self, folder: Path) -> Path:
         """Fetch the archive: it gets its name only when it is whole and its SHA-256 is right."""
@@ -105,8 +120,7 @@ class Official:
             RuntimeError: a file is missing or is not the published one.
         """
         source = self._torchvision()
-        train, test = dict(source.train_list), dict(source.test_list)
-        wanted = {**train, **test, source.meta["filename"]: source.meta["md5"]}
+        train, test, wanted = dict(source.train_list), dict(source.test_list), self._wanted()
         content: dict[str, Any] = {}
         for name, data in members(path):
             if name.name in wanted:
@@ -125,6 +139,11 @@ class Official:
         images = torch.cat([torch.as_tensor(content[name]["data"]) for name in names])
         labels = [label for name in names for label in content[name][self.labels]]
         return rearrange(images, "n (c h w) -> n c h w", c=3, h=32), torch.tensor(labels)
+
+    def _wanted(self) -> dict[str, str]:
+        """The files with their MD5."""
+        source = self._torchvision()
+        return {**dict(source.train_list), **dict(source.test_list), source.meta["filename"]: source.meta["md5"]}
 
     def _torchvision(self) -> Any:
         return getattr(require("torchvision.datasets"), self.torchvision_name)
@@ -178,9 +197,14 @@ def read_tree(path: Path, cache_dir: str | Path | None = None) -> Tree:
         raise RuntimeError(
             f"{path} is neither a folder nor a tar archive: --data-dir needs train/<class>/ and test/<class>/ images"
         )
-    safetensors = require("safetensors.torch")
-    cached = _cache_folder(cache_dir) / f"{stem(path)}-{_content_key(path)[:16]}.safetensors"
-    if cached.exists():
+    safetensors, name = require("safetensors.torch"), f"{stem(path)}-{_content_key(path)[:16]}.safetensors"
+    try:
+        cached = _cache_folder(cache_dir) / name
+        is_there = cached.exists()
+    except (RuntimeError, OSError) as error:  # no home, or a folder that may not be searched
+        warnings.warn(f"the decoded images are not kept: {error}", stacklevel=2)
+        return _decode(path)
+    if is_there:
         if is_intact(cached):
             return _unpack(safetensors.load_file(cached))
         warnings.warn(f"{cached} is damaged and is made anew", stacklevel=2)
@@ -193,9 +217,18 @@ def read_tree(path: Path, cache_dir: str | Path | None = None) -> Tree:
     }
     try:
         write_digested(cached, safetensors.save(packed))
+        _remove_leftovers(cached.parent)
     except RuntimeError as error:  # a cache is a convenience
         warnings.warn(f"the decoded images are not kept: {error}", stacklevel=2)
     return tree
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove what writers left that were killed; others may be writing, but none for an hour."""
+    for leftover in cache.glob(f"{_TEMPORARY}*.safetensors*"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 3600:
+                leftover.unlink()
 
 
 def _unpack(packed: dict[str, Tensor]) -> Tree:
@@ -215,7 +248,9 @@ def _content_key(path: Path) -> str:
     if path.is_file():
         return sha256(path)
     listing = [(file.relative_to(path).as_posix(), file.stat()) for file in _files(path)]
-    return sha256(repr([(name, about.st_size, about.st_mtime_ns) for name, about in listing]).encode())
+    # A file put in the place of another may have its size and time, but not its inode and time of change, too.
+    said = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in listing]
+    return sha256(repr(said).encode())
 
 
 def _decode(path: Path) -> Tree:
@@ -223,10 +258,12 @@ def _decode(path: Path) -> Tree:
     encoding, roots, others = None, set(), []
     for name, data in members(path):
         # train/<class>/<image>, in the archive perhaps under a folder of its own
-        if name.suffix.lower() not in _IMAGES or len(name.parts) < 3 or name.parts[-3] not in images:
-            others += [name] if images.keys() & {*name.parts[:-1]} and not name.name.startswith(".") else []
+        if any(part.startswith(".") for part in name.parts):  # hidden, such as the ._1.jpg beside 1.jpg of macOS
             continue
-        image = _decode_image(path / name, data)
+        if name.suffix.lower() not in _IMAGES or len(name.parts) < 3 or name.parts[-3] not in images:
+            others += [name] if images.keys() & {*name.parts[:-1]} else []
+            continue
+        image = to_tensor(open_image(path / name, data))
         encoding = encoding or _encoding(data)
         roots.add(name.parts[:-3])
         images[name.parts[-3]].append((name.parts[-2], name.name, image))
@@ -274,17 +311,36 @@ def _same_shape(path: Path, images: list[tuple[str, Tensor]]) -> None:
             )
 
 
-def _decode_image(name: Path, data: bytes) -> Tensor:
+def open_image(name: Path, data: bytes) -> Any:
+    """The image of Pillow, grey or coloured, in a file's content; the file's name is for the error.
+
+    Raises:
+        RuntimeError: it cannot be decoded, or has more than 8 bits.
+    """
     pillow = require("PIL.Image", "pillow")
     try:
         with pillow.open(io.BytesIO(data)) as image:
-            if image.mode[0] in "IF":
-                raise ValueError(f"its pixels have more than 8 bits, mode {image.mode}")
-            pixels = image if image.mode in ("L", "RGB") else image.convert("RGB")
-            width, height = pixels.size
-            flat = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
-    except (OSError, SyntaxError, ValueError) as error:
+            image.load()
+            return plain(image)
+    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise RuntimeError(f"{name} is not an image that can be used ({error}): get it again or remove it") from error
+
+
+def plain(image: Any) -> Any:
+    """An image of Pillow as grey or coloured, 8 bits each.
+
+    Raises:
+        ValueError: it has more.
+    """
+    if image.mode[0] in "IF":
+        raise ValueError(f"its pixels have more than 8 bits, mode {image.mode}")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def to_tensor(image: Any) -> Tensor:
+    """A grey or coloured image of Pillow as (C, H, W) uint8."""
+    width, height = image.size
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return rearrange(flat, "(h w c) -> c h w", h=height, w=width)
 
 
