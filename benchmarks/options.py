@@ -54,7 +54,7 @@ VALUES: list[tuple[str, str, dict[str, Any], str]] = [
     ("scale", "`Fixup`, with `norm=None`", {"scale": rb.Fixup, "norm": None}, "Zhang et al. 2019"),
     ("merge", "`WeightedAdd`", {"merge": rb.WeightedAdd}, "after Shen and Zeng 2016"),
     ("merge", "`gated`", {"merge": rb.gated}, "Srivastava et al. 2015"),
-    ("dilation", "`n`; of a net: `output_stride`", {"dilation": 2}, "Yu et al. 2017"),
+    ("dilation", "`n`; of a `ResNet`: `output_stride`", {"dilation": 2}, "Yu et al. 2017"),
     ("checkpoint", "`True`", {"checkpoint": True}, "Chen et al. 2016"),
     ("checkpoint", '`"norms"`', {"checkpoint": "norms"}, "norm and activation alone, as in Pleiss et al. 2017"),
 ]

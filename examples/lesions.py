@@ -10,7 +10,7 @@ import tempfile
 import torch
 
 from resblocks import skips_off
-from resblocks.diagnostics import lesion_study
+from resblocks.diagnostics import lesion_curve, lesion_study
 from resblocks.training import build_net, fit, get_recipe, load_digits, normalise
 
 
@@ -31,6 +31,9 @@ def main() -> None:
     print("block         without its branch   without its shortcut")
     for branch, shortcut in zip(branches.lesions, shortcuts.lesions, strict=True):
         print(f"{branch.name:<12}  {branch.metric:17.1f} %  {shortcut.metric:19.1f} %")
+    print("\nblocks without their branch, drawn at random   accuracy, worst to best of 5")
+    for count, metrics in lesion_curve(net, accuracy, trials=5).items():
+        print(f"{count:>43}  {min(metrics):7.1f} % to {max(metrics):5.1f} %")
     with skips_off(net), torch.no_grad():
         print(f"\nwithout any shortcut: {accuracy(net.eval()):.1f} %")
 

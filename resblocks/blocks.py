@@ -407,11 +407,7 @@ class DenseBlock(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         out = run_block(self, x, self.memory)
-        if out is None:
-            out = x
-            for layer in self:
-                out = layer(out)
-        return out
+        return super().forward(x) if out is None else out  # type: ignore[no-untyped-call]
 
 
 class Transition(nn.Sequential):

@@ -6,12 +6,11 @@ maps take less time than the calls of modules; so what does nothing is not calle
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from resblocks.rebuild import BATCH_NORMS, Rebuild, is_repeatable, may_rebuild
+from resblocks.rebuild import Rebuild, is_repeatable, may_rebuild
+from resblocks.recompute import BATCH_NORMS
 from resblocks.watched import is_watched
 
 
@@ -28,13 +27,10 @@ def run_layers(layers: nn.Module, x: Tensor, rebuild: Rebuild | None = None) -> 
     if type(layers) is not nn.Sequential or is_watched(layers):
         out: Tensor = layers(x)
         return out
-    norm: Any = None
+    owned = False
     for layer in layers:
-        if norm is not None and is_fresh(norm):
-            x = activate(layer, x, owned=True)
-        else:
-            x = layer(x)
-        norm = layer if type(layer) in BATCH_NORMS else None
+        x = activate(layer, x, owned=owned)
+        owned = is_fresh(layer)
     return x
 
 

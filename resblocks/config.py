@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from resblocks.residual import Residual
+
 # Where the names of a config may come from: what is imported from there builds nets and does nothing else.
 MODULES = ("resblocks.nets", "resblocks.blocks", "resblocks.layers", "resblocks.shortcuts", "resblocks.interop.names")
 
@@ -79,6 +81,58 @@ def with_option(config: dict[str, Any], made: type, name: str, value: Any) -> di
     else:
         options[name] = value
     return {**config, "args": args, "options": options}
+
+
+def check_built(net: nn.Module, config: dict[str, Any]) -> None:
+    """Raise unless the net has the layers, the settings and the switches of the one that its config builds.
+
+    Weights are not compared, nor how a norm gathers its statistics in training (`nn.SyncBatchNorm`).
+
+    Raises:
+        ValueError: something was changed after construction; the message names the first part that differs.
+    """
+    parts, built = (dict(one.named_modules(remove_duplicate=False)) for one in (net, _on_meta(config)))
+    for name in [*parts, *built]:
+        here, there = parts.get(name), built.get(name)
+        if here is None or there is None or _setting(here) != _setting(there):
+            raise ValueError(
+                f"config needs a net that is as it was built, but at {name or 'its root'} it has {_in_words(here)}, "
+                f"and its call builds {_in_words(there)}: build it so, or keep the module itself by torch.save"
+            )
+
+
+def _on_meta(config: dict[str, Any]) -> nn.Module:
+    """The net of a config that was made here; without memory, unless a constructor reads values of tensors."""
+    trust = tuple({name.partition(":")[0] for name in _names(config)})
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                net: nn.Module = from_config(config, trust=trust)
+        except (NotImplementedError, RuntimeError):
+            net = from_config(config, trust=trust)
+    return net
+
+
+def _names(config: Any) -> list[str]:
+    if isinstance(config, dict):
+        own = [config["name"]] if isinstance(config.get("name"), str) else []
+        return own + _names(list(config.values()))
+    return [name for part in config for name in _names(part)] if isinstance(config, list) else []
+
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _setting(module: nn.Module) -> tuple[type, str, bool]:
+    kind = nn.SyncBatchNorm if type(module) in BATCH_NORMS else type(module)
+    return kind, module.extra_repr(), isinstance(module, Residual) and module.skip
+
+
+def _in_words(module: nn.Module | None) -> str:
+    if module is None:
+        return "nothing"
+    switch = f" with skip={module.skip}" if isinstance(module, Residual) else ""
+    return f"{type(module).__name__}({module.extra_repr()}){switch}"
 
 
 def nameless(config: Any) -> list[str]:

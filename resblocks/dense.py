@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from resblocks.dense_plan import Layer, Memory, Moments, Plan, Step, may_pool, plan_block, window
-from resblocks.layers import layout_of, over_positions
+from resblocks.layers import layout_of, over_positions, running_affine
 
 aten = torch.ops.aten
 
@@ -239,10 +239,10 @@ def _evaluate(x: Tensor, plan: Plan) -> Tensor:
         for layer in plan.layers:
             old, new = slice(0, new.stop), slice(new.stop, new.stop + plan.growth)
             (norm, first), (last_norm, last) = layer.steps[0], layer.steps[-1]
-            scale, shift = (over_positions(values, x) for values in _running_affine(norm, wide))
+            scale, shift = (over_positions(values, x) for values in running_affine(norm, wide))
             folded = None
             if first is not last:
-                factor, bias = _running_affine(last_norm, wide)
+                factor, bias = running_affine(last_norm, wide)
                 folded = (first.weight.to(wide) * over_positions(factor[:, None], x)).to(plan.compute)
             for span in _spans(buffer[:, old]):
                 y = _activate(buffer[span, old], scale, shift, plan.compute)
@@ -250,11 +250,6 @@ def _evaluate(x: Tensor, plan: Plan) -> Tensor:
                     y = aten.convolution(y, folded, bias.to(plan.compute), *_geometry(first)).relu_()
                 buffer[span, new] = aten.convolution(y, last.weight.to(plan.compute), None, *_geometry(last))
     return buffer
-
-
-def _running_affine(norm: Any, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
-    return scale, norm.bias.to(wide) - scale * norm.running_mean.to(wide)
 
 
 # --- a transition

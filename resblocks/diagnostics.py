@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.hooks import RemovableHandle
+from torch.nn.utils.parametrize import is_parametrized
 
-from resblocks.options import check_input_size
-from resblocks.residual import Residual, Where, residuals, skips_off
-
-Part: TypeAlias = Literal["branch", "skip"]
+from resblocks.lesions import Lesion as Lesion
+from resblocks.lesions import LesionStudy as LesionStudy
+from resblocks.lesions import lesion_curve as lesion_curve
+from resblocks.lesions import lesion_study as lesion_study
+from resblocks.options import check_input_size, explained
+from resblocks.residual import Residual, residuals, some_residuals
+from resblocks.undisturbed import eager, hooked, restored, unwrapped
 
 
 def count_params(net: nn.Module, trainable_only: bool = False) -> int:
@@ -40,10 +41,12 @@ def count_macs(net: nn.Module, input_size: Sequence[int]) -> int:
     papers' tables. torchvision's and pycls's "flops" are the same unit.
 
     Args:
+        net: any module; the net inside `torch.compile` and data-parallel wrappers is counted.
         input_size: one sample without the batch dimension, for instance (3, 224, 224).
 
     Raises:
-        ValueError: `input_size` is not a sequence of positive integers.
+        ValueError: `input_size` is not a sequence of positive integers, or not what the net takes; the net is traced
+            or scripted.
     """
     return _count_on_meta(net, input_size, {})
 
@@ -110,6 +113,7 @@ def summary(net: nn.Module, input_size: Sequence[int]) -> Summary:
         total  Sequential             450   416
         input 8, one sample, 1 MAC = 2 FLOP
     """
+    net = unwrapped(net)
     parts = dict(_parts(net))
     seen: dict[str, tuple[int, tuple[int, ...] | None]] = {}
     macs = _count_on_meta(net, input_size, parts, seen)
@@ -149,26 +153,36 @@ def gradient_flow(net: nn.Module) -> list[GradientFlow]:
     """Size of the gradient of every convolution and linear weight, in the order of the net; call it after `backward`.
 
     `mean_abs` is the mean of the absolute values, `norm` the Euclidean norm, `std` the standard deviation over the
-    entries. Weights without a gradient are left out: frozen ones, and the shortcuts of blocks whose skip is off.
-    Under a gradient scaler, unscale first.
+    entries. Weights without a gradient are left out: frozen ones, and the shortcuts of blocks whose skip is off. A
+    weight under a parametrization (`torch.nn.utils.parametrizations`) is told by the parameters it is made of. Under a
+    gradient scaler, unscale first.
 
     Raises:
         ValueError: no such weight has a gradient.
     """
     rows = []
-    for name, layer in net.named_modules():
-        weight = layer.weight if isinstance(layer, (_ConvNd, nn.Linear)) else None
-        if weight is None or weight.grad is None:
+    for name, weight in _weights(net):
+        if weight.grad is None:
             continue
         grad = _wide(weight.grad)
         mean_abs, norm, std = torch.stack([grad.abs().mean(), grad.norm(), grad.std(correction=0)]).tolist()
-        rows.append(GradientFlow(f"{name}.weight".lstrip("."), grad.numel(), mean_abs, norm, std))
+        rows.append(GradientFlow(name, grad.numel(), mean_abs, norm, std))
     if not rows:
         raise ValueError(
             f"net must have gradients on its convolution or linear weights, got {type(net).__name__} without any: "
             f"call loss.backward() first"
         )
     return rows
+
+
+def _weights(net: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights of convolutions and linear layers by name, or what a parametrization makes them of."""
+    for prefix, layer in net.named_modules():
+        if isinstance(layer, (_ConvNd, nn.Linear)):
+            at = "parametrizations.weight" if is_parametrized(layer, "weight") else ""
+            for name, parameter in layer.get_submodule(at).named_parameters(recurse=False):
+                if at or name == "weight":
+                    yield ".".join(filter(None, (prefix, at, name))), parameter
 
 
 @dataclass(frozen=True)
@@ -185,7 +199,7 @@ class BlockSignal:
     branch_var: float
     merged_var: float
     merged_grad_norm: float | None
-    """Euclidean norm of the loss gradient at the merged value; None without a loss."""
+    """Euclidean norm of the loss gradient at the merged value; None without a loss or for a value without a graph."""
     branch_grad_norm: float | None
     """The same at the end of the branch, before scale and drop path."""
 
@@ -210,13 +224,13 @@ def signal_report(net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | 
     Raises:
         ValueError: the net holds no `Residual`.
     """
-    blocks = _blocks(net)
+    blocks = some_residuals(net)
     taps = {name: _Tap() for name in blocks}
     cuda = [x.device] if x.device.type == "cuda" else []
-    with _restored(net), _eager(), torch.random.fork_rng(devices=cuda), torch.set_grad_enabled(loss is not None):
+    with restored(net), eager(), torch.random.fork_rng(devices=cuda), torch.set_grad_enabled(loss is not None):
         # Gradients are wanted at values inside the net, so a frozen net must build a graph too.
         x = x.detach().requires_grad_(loss is not None and x.is_floating_point())
-        with _hooks(
+        with hooked(
             handle
             for name, block in blocks.items()
             for handle in (
@@ -227,11 +241,10 @@ def signal_report(net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | 
             out = net(x)
         ran = {name: tap for name, tap in taps.items() if tap.ran}
         if loss is not None:
-            # autograd.grad instead of backward: no .grad is read or written.
-            values = [tap.merged for tap in ran.values()] + [tap.branch for tap in ran.values()]
-            norms = [_norm(grad) for grad in torch.autograd.grad(loss(out), values, allow_unused=True)]
-            for tap, merged, branch in zip(ran.values(), norms[: len(ran)], norms[len(ran) :], strict=True):
-                tap.grad_norms = (merged, branch)
+            values = [value for tap in ran.values() for value in (tap.merged, tap.branch)]
+            norms = iter(_grad_norms(loss(out), values))
+            for tap in ran.values():
+                tap.grad_norms = (next(norms), next(norms))
     return [BlockSignal(name, blocks[name].skip, *tap.variances, *tap.grad_norms) for name, tap in ran.items()]
 
 
@@ -241,7 +254,7 @@ class _Tap:
     branch: Tensor
     merged: Tensor
     variances: tuple[float | None, float, float]
-    grad_norms: tuple[float, float] | tuple[None, None] = (None, None)
+    grad_norms: tuple[float | None, float | None] = (None, None)
     ran = False
 
     def on_branch(self, module: nn.Module, args: Any, y: Tensor) -> None:
@@ -254,84 +267,21 @@ class _Tap:
         self.variances = (_var(args[0]), _var(args[1]), _var(y))
 
 
-@dataclass(frozen=True)
-class Lesion:
-    """The metric of a net with one block damaged; `change` is relative to the intact net."""
-
-    name: str
-    metric: float
-    change: float
-
-
-@dataclass(frozen=True)
-class LesionStudy:
-    """What `lesion_study` returns: the metric of the intact net, and a lesion for each block."""
-
-    intact: float
-    lesions: tuple[Lesion, ...]
-
-
-def lesion_study(
-    net: nn.Module,
-    evaluate: Callable[[nn.Module], float],
-    *,
-    part: Part = "branch",
-    where: Where | None = None,
-) -> LesionStudy:
-    """Damage one block at a time and measure the net (Veit et al. 2016, section 4.1).
-
-    Blocks whose skip is off have no shortcut that could take the branch's place and are left out.
-
-    Args:
-        evaluate: returns the metric of the net that it is given, which is in eval mode, with gradients off.
-        part: "branch" puts zeros in the branch's place, which leaves the shortcut, as in the paper (after a `Concat`,
-            zeros instead of features; after `Gated` and `WeightedAdd`, the shortcut with its weight); "skip" switches
-            the shortcut off.
-        where: predicate `where(name, block)`; None takes every block.
-
-    Raises:
-        ValueError: `part` is neither, no block is left to damage, or a skip cannot be switched.
-    """
-    if part not in get_args(Part):
-        raise ValueError(f'part must be "branch" or "skip", got {part!r}')
-    blocks = {name: block for name, block in _blocks(net, where).items() if block.skip}
-    if not blocks:
-        raise ValueError("where must choose at least one block whose skip is on, got none")
-    with _restored(net), _eager(), torch.no_grad():
-        net.eval()
-        intact = float(evaluate(net))
-        lesions = []
-        for name, block in blocks.items():
-            with ExitStack() as damage:
-                if part == "skip":
-                    damage.enter_context(skips_off(net, where=partial(_is, block)))
-                else:
-                    damage.enter_context(_hooks([block.branch.register_forward_hook(_zeros)]))
-                metric = float(evaluate(net))
-            lesions.append(Lesion(name, metric, metric - intact))
-    return LesionStudy(intact, tuple(lesions))
-
-
-def _is(wanted: Residual, name: str, block: Residual) -> bool:
-    return block is wanted
-
-
-def _zeros(module: nn.Module, args: Any, y: Tensor) -> Tensor:
-    return torch.zeros_like(y)
-
-
-def _blocks(net: nn.Module, where: Where | None = None) -> dict[str, Residual]:
-    if not residuals(net):
-        raise ValueError(f"net must hold at least one Residual, got {type(net).__name__} without any")
-    return residuals(net, where)
-
-
 def _wide(x: Tensor) -> Tensor:
     return x.detach() if x.dtype == torch.float64 or x.is_complex() else x.detach().float()
 
 
 def _var(x: Tensor) -> float:
     return float(_wide(x).var(correction=0))
+
+
+def _grad_norms(loss: Tensor, values: Sequence[Tensor]) -> list[float | None]:
+    """Norms of the gradients of the loss, None for a value outside the graph and 0 for one that it does not use."""
+    inside = [value for value in values if value.requires_grad]
+    # autograd.grad instead of backward: no .grad is read or written.
+    used = loss.requires_grad and bool(inside)
+    norms = map(_norm, torch.autograd.grad(loss, inside, allow_unused=True) if used else [None] * len(inside))
+    return [next(norms) if value.requires_grad else None for value in values]
 
 
 def _norm(grad: Tensor | None) -> float:
@@ -347,40 +297,6 @@ def _parts(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}{name}", child
 
 
-@contextmanager
-def _hooks(handles: Sequence[RemovableHandle] | Iterator[RemovableHandle]) -> Iterator[None]:
-    """Keep hooks for a while; all of them are removed on every way out, an error while registering included."""
-    with ExitStack() as stack:
-        for handle in handles:
-            stack.callback(handle.remove)
-        yield
-
-
-def _eager() -> AbstractContextManager[None]:
-    """Run compiled nets without their graphs, which know nothing of hooks that came later."""
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
-@contextmanager
-def _restored(net: nn.Module) -> Iterator[None]:
-    """Put every module's training flag and every buffer's value back on leaving."""
-    training = {module: module.training for module in net.modules()}
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in training
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer.copy_(value))
-
-
 def _count_on_meta(
     net: nn.Module,
     input_size: Sequence[int],
@@ -392,6 +308,9 @@ def _count_on_meta(
     from torch.utils.flop_counter import FlopCounterMode
 
     check_input_size(input_size)
+    net = unwrapped(net)
+    if isinstance(net, torch.jit.ScriptModule):
+        raise ValueError(f"net must be a module in Python, got a traced or scripted one, {type(net).__name__}")
     # Copies of the tensors on the meta device stand in for the net's own: no arithmetic, no memory, no buffer written.
     tensors = {
         name: tensor.detach().to("meta")
@@ -422,9 +341,9 @@ def _count_on_meta(
         for name, part in parts.items()
         for handle in (part.register_forward_pre_hook(before(name)), part.register_forward_hook(after(name)))
     )
-    with _restored(net), torch.no_grad(), _hooks(handles):
+    with restored(net), torch.no_grad(), hooked(handles):
         net.eval()
-        with counter:
+        with counter, explained(net, input_size):
             torch.func.functional_call(net, tensors, (x,), tie_weights=False)
     return counter.get_total_flops() // 2
 

@@ -13,10 +13,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from resblocks.blocks import DenseBlock, Transition
 from resblocks.dense_plan import pool_commutes, window
-from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, FusedStage, affine
-from resblocks.layers import DropPath, FrozenBatchNorm, avg_pool, batch_norm, convolution
+from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, FusedStage
+from resblocks.layers import DropPath, FrozenBatchNorm, avg_pool, batch_norm, convolution, running_affine
 from resblocks.layers import _WeightStandardised as WeightStandardised
-from resblocks.options import check_input_size
+from resblocks.options import check_input_size, explained
 from resblocks.residual import Add, Concat, Residual, keeps_forward
 from resblocks.watched import is_watched
 
@@ -53,7 +53,8 @@ def fuse(
     Shape: that of the net.
 
     Raises:
-        ValueError: input_size is not a sequence of positive integers, batch_size is below 1 or given without it.
+        ValueError: input_size is not a sequence of positive integers or the net does not take it, batch_size is below 1
+            or given without it.
 
     Example:
         >>> from resblocks import create_model
@@ -119,7 +120,8 @@ def prepack(net: nn.Module, shape: tuple[int, ...], memory_format: torch.memory_
         return
     try:
         parameter = next(net.parameters())
-        net(torch.zeros(shape, dtype=parameter.dtype, device=parameter.device).to(memory_format=memory_format))
+        with explained(net, shape[1:]):
+            net(torch.zeros(shape, dtype=parameter.dtype, device=parameter.device).to(memory_format=memory_format))
     finally:
         for hook in hooks:
             hook.remove()
@@ -219,7 +221,7 @@ def clamped_sequence(sequence: nn.Sequential) -> nn.Sequential:
     for at, name in enumerate(sequence._modules):
         reader = reader_of(layers[at : at + 4])
         if reader is not None:
-            scale, shift = affine(layers[at])
+            scale, shift = running_affine(layers[at])
             scale = scale.where(torch.isfinite(shift / scale), 0)  # one too small to clamp by is none
             fused.add_module(name, Clamp(scale, shift, reader.weight.dim() - 2))
             reader.take_in(scale, torch.where(scale == 0, shift.relu(), shift))
@@ -246,7 +248,7 @@ def is_exact(norm: Any) -> bool:
 
     They cancel where a mean is far above its deviation: 16 times what the norm puts out costs 4 of 24 bits.
     """
-    _, shift = affine(norm)
+    _, shift = running_affine(norm)
     gamma = torch.ones_like(shift) if norm.weight is None else norm.weight
     size = gamma.abs() + (0 if norm.bias is None else norm.bias.abs())
     return bool(shift.abs().max() <= 16 * size.mean())

@@ -22,7 +22,7 @@ from resblocks.fused_operators import (
     winograd_is_faster,
 )
 from resblocks.layers import _WeightStandardised as WeightStandardised
-from resblocks.layers import layout_of, over_positions
+from resblocks.layers import layout_of, over_positions, running_affine
 from resblocks.watched import is_watched
 
 torch.fx.wrap("conv_add_relu")
@@ -170,6 +170,11 @@ class FusedStage(nn.Sequential):
         return x
 
 
+def records_gradients(module: nn.Module) -> bool:
+    """Whether gradients of its weights are asked for, after somebody thawed them."""
+    return torch.is_grad_enabled() and any(weight.requires_grad for weight in module.parameters())
+
+
 def ends_in_conv(shortcut: nn.Module) -> bool:
     """Whether the shortcut puts out a new tensor, that of a convolution."""
     return type(shortcut) is nn.Sequential and len(shortcut) > 0 and type(shortcut[-1]) is FusedConv
@@ -201,7 +206,7 @@ class FusedDenseBlock(nn.Sequential):
         self.growths = list(growths)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not runs_eagerly(x):
+        if not runs_eagerly(x) or records_gradients(self):
             for layer in self:
                 x = torch.cat([x, layer(x)], 1)
             return x
@@ -259,7 +264,7 @@ class Affine(Frozen):
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
-        for name, value in zip(("scale", "shift"), affine(norm), strict=True):
+        for name, value in zip(("scale", "shift"), running_affine(norm), strict=True):
             self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -274,17 +279,9 @@ def folded(conv: _ConvNd, norm: Any) -> tuple[Tensor, Tensor | None]:
     weight = conv.standardised() if isinstance(conv, WeightStandardised) else conv.weight
     if norm is None:
         return weight.detach().clone(), None if conv.bias is None else conv.bias.detach().clone()
-    scale, shift = affine(norm)
+    scale, shift = running_affine(norm)
     shift = shift if conv.bias is None else shift + conv.bias * scale
     return (weight * over_positions(scale[:, None], weight)).detach(), shift.detach()
-
-
-def affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a norm in evaluation mode."""
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale.detach(), (shift if norm.bias is None else shift + norm.bias).detach()
 
 
 def version_of(x: Tensor) -> int | None:

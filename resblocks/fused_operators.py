@@ -40,9 +40,11 @@ class Packed(NamedTuple):
     source: tuple[Tensor, int | None] | None
 
 
-def runs_eagerly(x: Tensor) -> bool:
+def runs_eagerly(x: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing traces and nothing is recorded, so that operators may run that only some backends know."""
-    return not is_traced(x) and not (torch.is_grad_enabled() and x.requires_grad)
+    if is_traced(x):
+        return False
+    return not (torch.is_grad_enabled() and any(read is not None and read.requires_grad for read in (x, *others)))
 
 
 @torch.fx.wrap
@@ -60,7 +62,7 @@ def conv_add_relu(
 
     With `over` the result may take the place of `other`.
     """
-    if weight.dim() != 4 or x.dim() != 4 or x.dtype != weight.dtype or not runs_eagerly(x):
+    if weight.dim() != 4 or x.dim() != 4 or x.dtype != weight.dtype or not runs_eagerly(x, weight, bias, other):
         return plain_conv_add_relu(x, weight, bias, other, relu, geometry)
     if x.device.type == "cpu" and has_onednn(x.dtype):
         if packed is not None and packed.weight is not None and packed.shape == x.shape:

@@ -51,6 +51,15 @@ def over_positions(values: Tensor, x: Tensor) -> Tensor:
     return values[(...,) + (None,) * (x.dim() - 2)]
 
 
+def running_affine(norm: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm in evaluation mode, in the dtype given or that of its statistics."""
+    dtype = norm.running_var.dtype if dtype is None else dtype
+    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight.to(dtype)
+    shift = -norm.running_mean.to(dtype) * scale
+    return scale.detach(), (shift if norm.bias is None else shift + norm.bias.to(dtype)).detach()
+
+
 class GlobalAvgPool(nn.Module):
     """Mean of each channel over all positions. Shape: (N, C, ...) -> (N, C)."""
 
@@ -153,9 +162,10 @@ class FrozenBatchNorm(nn.Module):
     def from_norm(cls, norm: nn.modules.batchnorm._BatchNorm) -> FrozenBatchNorm:
         """The frozen norm with the values of a batch norm; without statistics or affine those of an untrained one."""
         frozen = cls(norm.num_features, norm.eps)
-        frozen.load_state_dict(norm.state_dict(), strict=False)
         reference = next(chain(norm.parameters(), norm.buffers()), frozen.weight)
-        return frozen.to(device=reference.device, dtype=reference.dtype)
+        frozen = frozen.to(device=reference.device, dtype=reference.dtype)
+        frozen.load_state_dict(norm.state_dict(), strict=False)
+        return frozen
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
@@ -167,9 +177,13 @@ class FrozenBatchNorm(nn.Module):
 def freeze_norm(net: nn.Module) -> nn.Module:
     """Replace every batch norm of the net by a `FrozenBatchNorm` of the same values, which `train()` does not wake.
 
+    Weights and biases of the norms become buffers: make the optimizer afterwards.
+
     Raises:
-        ValueError: the net has no batch norm.
+        ValueError: the net has no batch norm, or is one.
     """
+    if isinstance(net, nn.modules.batchnorm._BatchNorm):
+        raise ValueError(f"net must hold the norms to freeze, got {net}: FrozenBatchNorm.from_norm freezes one alone")
     found = [
         (parent, name, child)
         for parent in net.modules()
@@ -292,7 +306,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        keep = torch.empty(x.shape[:1] + (1,) * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - self.p)
+        keep = x.new_empty(x.shape[:1] + (1,) * (x.dim() - 1)).bernoulli_(1 - self.p)  # of x, so that vmap knows it
         return x * (keep / (1 - self.p))
 
     def extra_repr(self) -> str:

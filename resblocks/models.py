@@ -177,11 +177,21 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in MODELS if fnmatch(name, pattern))
 
 
+def name_hint(name: str) -> str:
+    """What to do about a name that is not in the table."""
+    from resblocks.interop.names import TIMM  # which is made of this table: asked only where there is an error to tell
+
+    if name in TIMM:
+        return f"it is one of timm's: resblocks.interop.TIMM[{name!r}]() builds it"
+    close = get_close_matches(name, MODELS, n=3)
+    return f"did you mean {', '.join(close)}?" if close else "list_models() shows them all"
+
+
 def create_model(name: str, **options: Any) -> Network:
     """Build the net of that name, its defaults overridden by options.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`; `resblocks.interop.TIMM` has the calls for the names of timm.
         options: of the net: `ResNet`, `DenseNet` or `BaselineCNN`; `skip=False` builds the net without skips,
             `stem="cifar"` an ImageNet net for small images; `block`, `depths` and `widths` may be others, too.
 
@@ -195,9 +205,7 @@ def create_model(name: str, **options: Any) -> Network:
         11173962
     """
     if name not in MODELS:
-        close = get_close_matches(name, MODELS, n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else "; list_models() shows them all"
-        raise ValueError(f"name must be one of the {len(MODELS)} named nets, got {name!r}{hint}")
+        raise ValueError(f"name must be one of the {len(MODELS)} named nets, got {name!r}; {name_hint(name)}")
     if asked := {"pretrained", "weights"} & options.keys():
         raise TypeError(
             f"create_model draws new weights and takes no {asked.pop()}: resblocks.interop.pretrained({name!r}) "

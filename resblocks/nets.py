@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from math import prod
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,18 +13,26 @@ from typing_extensions import Unpack
 
 from resblocks.blocks import DenseBlock, Transition
 from resblocks.chain import run_layers
-from resblocks.config import nameless, recorded, with_option
+from resblocks.config import check_built, nameless, recorded, with_option
 from resblocks.dense_plan import Memory
 from resblocks.init import init_weights
 from resblocks.layers import Family, Fixup, GlobalAvgPool, Layer, max_pool, named
-from resblocks.options import LayerOptions, Layers, NetOptions, check_positive, check_probability
-from resblocks.rebuild import ACTIVATIONS, Rebuild
-from resblocks.residual import Checkpoint, residuals
+from resblocks.options import (
+    BlockOptions,
+    LayerOptions,
+    Layers,
+    NetOptions,
+    check_positive,
+    check_probability,
+    refuse_unknown,
+)
+from resblocks.rebuild import ACTIVATIONS, start_rebuild
+from resblocks.residual import Checkpoint, check_skip, residuals
+from resblocks.stems import Stem, make_stem
 from resblocks.watched import is_traced
 
 Block = Callable[..., nn.Module]
-Stem = str | Callable[[int, int], nn.Module]
-STEMS = ("imagenet", "cifar", "deep", "tiered")
+LAYER_OPTIONS = LayerOptions.__annotations__
 
 
 class Network(nn.Module):
@@ -76,11 +83,12 @@ class Network(nn.Module):
     def config(self) -> dict[str, Any]:
         """The call that builds the net, as plain JSON; `resblocks.config.from_config` makes it.
 
-        It holds the arguments of the constructor, with the head that the net has now. A skip switched at run time is
-        not among them.
+        It holds the arguments of the constructor, with the head that the net has now.
 
         Raises:
-            ValueError: an argument without an importable name, such as a lambda; a head that `reset_head` did not make.
+            ValueError: an argument without an importable name, such as a lambda; a head that `reset_head` did not make;
+                a net that was changed otherwise, which the call would not build: layers replaced, fused or frozen,
+                skips switched.
         """
         call: dict[str, Any] = self.__dict__.get("built_by", {"nameless": "a Network without a class of its own"})
         unsaid = nameless(call)
@@ -91,7 +99,10 @@ class Network(nn.Module):
             raise ValueError(
                 f"config needs a head that reset_head made, with {self.num_classes} outputs, got {self.head}"
             )
-        return call if outputs == self._built_classes else with_option(call, type(self), "num_classes", outputs)
+        if outputs != self._built_classes:
+            call = with_option(call, type(self), "num_classes", outputs)
+        check_built(self, call)
+        return call
 
     def reset_head(self, num_classes: int) -> None:
         """Replace the head by a new linear layer, or by nothing with num_classes=0, where and as what the net is.
@@ -134,7 +145,7 @@ class Network(nn.Module):
             return run_layers(layers, x)
         # An activation that ends the stem is kept by the blocks that read it.
         kept = layers is self.stem and type([*layers.modules()][-1]) in ACTIVATIONS
-        return run_layers(layers, x, None if kept else Rebuild())
+        return run_layers(layers, x, None if kept else start_rebuild())
 
     def forward_head(self, features: Tensor) -> Tensor:
         """From that map to the logits. Shape: (N, num_features, H, W) -> (N, num_classes)."""
@@ -178,7 +189,8 @@ class ResNet(Network):
     """Stem, stages of residual blocks, head (He et al. 2015, table 1), for any block that keeps the protocol.
 
     The protocol: `block(in_channels, out_channels, stride, **options)` makes a module with an attribute
-    `out_channels`. A block is handed only those options that are asked for, so a block with three arguments will do.
+    `out_channels`. A block is handed only those options that are asked for, so a block with three arguments will do;
+    one that takes no `dims` is itself made for those of the data.
     A block class with `preactivated = True` puts out maps that are not activated: the net then leaves norm and
     activation out of the stem and puts them before the head (He et al. 2016).
 
@@ -227,6 +239,7 @@ class ResNet(Network):
         strides = [1] + [2] * (len(depths) - 1) if strides is None else strides
         check_stages(depths=depths, widths=widths, strides=strides)
         check_probability(drop_path=drop_path)
+        check_skip(skip)
         make = Layers(**layer_options(options))
         preactivated = getattr(unwrap(block), "preactivated", False)
         stem_module, stem_stride = make_stem(make, stem, in_channels, stem_width, stem_pool, activated=not preactivated)
@@ -290,6 +303,7 @@ class DenseNet(Network):
         memory: Memory = "shared",
         **options: Unpack[NetOptions],
     ) -> None:
+        refuse_foreign(DenseNet, options, BlockOptions)
         check_stages(depths=depths)
         check_positive(growth_rate=growth_rate)
         if not 0 < compression <= 1:
@@ -350,6 +364,7 @@ class BaselineCNN(Network):
         in_channels: int = 3,
         **options: Unpack[LayerOptions],
     ) -> None:
+        refuse_foreign(BaselineCNN, options, LayerOptions)
         check_stages(depths=depths, widths=widths)
         options.setdefault("norm", None)
         make = Layers(**options)
@@ -396,65 +411,22 @@ def plan_stages(strides: Sequence[int], stem_stride: int, output_stride: int | N
     return plans
 
 
-def make_stem(
-    make: Layers, stem: Stem, in_channels: int, width: int, pool: Layer | Family | None, *, activated: bool
-) -> tuple[nn.Module, int]:
-    """The stem and its total stride; without `activated` its last norm and activation are left to the first block."""
-    check_positive(in_channels=in_channels, stem_width=width)
-    if pool is not None and (callable(stem) or stem == "cifar"):
-        raise ValueError(f"stem_pool must be None unless the stem has a pool to replace, got stem={stem!r}")
-    if callable(stem):
-        module = make.build(stem, in_channels, width, option="stem")
-        return module, total_stride(module)
-    if stem not in STEMS:
-        raise ValueError(f"stem must be one of {', '.join(STEMS)} or a callable, got {stem!r}")
-    last = {"norm": make.norm(width) if activated else None, "act": make.activation() if activated else None}
-    if stem == "cifar":
-        return named(conv=make.conv(in_channels, width, 3), **last), 1
-    if pool is None:
-        pooled = make.build(max_pool, 3, stride=2, padding=1)
-    else:
-        pooled = make.pooling(pool, width, 2, "stem_pool")
-    if stem == "imagenet":
-        return named(conv=make.conv(in_channels, width, 7, 2), **last, pool=pooled), 4
-    half = max(1, width // 2)
-    first = half if stem == "deep" else max(1, half * 3 // 4)
-    return named(
-        conv1=make.conv(in_channels, first, 3, 2),
-        norm1=make.norm(first),
-        act1=make.activation(),
-        conv2=make.conv(first, half, 3),
-        norm2=make.norm(half),
-        act2=make.activation(),
-        conv=make.conv(half, width, 3),
-        **last,
-        pool=pooled,
-    ), 4
-
-
-def total_stride(stem: nn.Module) -> int:
-    """Pixels of the input for one that the stem puts out: its attribute `stride`, or the product over a sequence."""
-    if hasattr(stem, "stride"):
-        return stem.stride[0] if isinstance(stem.stride, tuple) else cast(int, stem.stride)
-    if isinstance(stem, nn.PixelUnshuffle):
-        return stem.downscale_factor
-    if isinstance(stem, nn.Sequential):
-        return prod(total_stride(layer) for layer in stem)
-    if any(total_stride(layer) != 1 for layer in stem.children()):
-        raise ValueError(
-            f"stem must have an attribute stride, its total one, since it holds strided layers, got {stem}"
-        )
-    return 1
-
-
 def make_block(block: Block, in_channels: int, width: int, stride: int, options: dict[str, object]) -> nn.Module:
-    """Build one block by the protocol, refusing the options that it does not take."""
+    """Build one block by the protocol, refusing the options that it does not take.
+
+    But for `dims`, which says what stem and head are made for: who writes a block for 1D or 3D data knows it.
+    """
     name = getattr(unwrap(block), "__name__", repr(block))
     parameters = inspect.signature(block).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        options = {option: value for option, value in options.items() if option in parameters or option != "dims"}
         for option in options:
             if option not in parameters:
-                raise ValueError(f"block {name} takes no option {option!r}, got {option}={options[option]!r}")
+                hint = "; for the stem alone, give the net a stem of your own" if option in LAYER_OPTIONS else ""
+                raise ValueError(
+                    f"block {name} takes no option {option!r}, got {option}={options[option]!r}: a net hands its "
+                    f"options to its blocks, so give the block that keyword{hint}"
+                )
     made = block(in_channels, width, stride, **options)
     if getattr(made, "preactivated", False) != getattr(unwrap(block), "preactivated", False):
         raise ValueError(f"block {name} must have the attribute preactivated of what it makes, {type(made).__name__}")
@@ -475,9 +447,15 @@ def asked_options(options: NetOptions, *, skip: bool, dilation: int, drop_path: 
     return asked
 
 
+def refuse_foreign(net: type[Network], options: Iterable[str], of_layers: type) -> None:
+    """Raise TypeError for an option that neither this kind of net nor its layers have, though another's may."""
+    taken = [name for name in inspect.signature(net).parameters if name != "options"]
+    refuse_unknown(options, [*taken, *of_layers.__annotations__], net.__name__)
+
+
 def layer_options(options: NetOptions) -> LayerOptions:
     """The part of the options that stems, transitions and heads have too."""
-    return cast(LayerOptions, {name: value for name, value in options.items() if name in LayerOptions.__annotations__})
+    return cast(LayerOptions, {name: value for name, value in options.items() if name in LAYER_OPTIONS})
 
 
 def unwrap(block: Block) -> Block:

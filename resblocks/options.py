@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from difflib import get_close_matches
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from typing_extensions import TypedDict
 
 from resblocks.init import init_layers
@@ -16,6 +17,7 @@ from resblocks.layers import DropPath, Family, Layer, avg_pool, batch_norm, conv
 from resblocks.residual import Checkpoint
 
 POOLS = cast(tuple[type, ...], (*avg_pool, *max_pool))
+Made = TypeVar("Made", bound=Callable[..., nn.Module])
 
 
 class LayerOptions(TypedDict, total=False):
@@ -105,10 +107,11 @@ class Layers:
             raise ValueError(f"{option} must be a class or callable that makes layers, got one already made, {make}")
         if not callable(make):
             raise ValueError(f"{option} must be a class or callable that returns a torch.nn.Module, got {make!r}")
+        given = (self, *args) if getattr(make, "wants_layers", False) else args
         device = torch.get_default_device() if self._device is None else torch.device(self._device)
         with device, _rng_kept(device):
             try:
-                module = make(*args, **kwargs)
+                module = make(*given, **kwargs)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{option} {make!r} refused the arguments {args}: {error}") from error
         if not isinstance(module, nn.Module):
@@ -168,10 +171,10 @@ class Layers:
     def norm(self, channels: int) -> nn.Module | None:
         """Normalisation of so many channels, None where the recipe has none."""
         norm = None if self._norm is None else self.build(self._norm, channels, option="norm")
-        if type(norm) is nn.LayerNorm:
+        if type(norm) in (nn.LayerNorm, nn.RMSNorm):
             raise ValueError(
-                "norm must normalise over channels, got torch.nn.LayerNorm, which does so over the last dimension; "
-                "resblocks.LayerNorm does over channels"
+                f"norm must normalise over channels, got torch.nn.{type(norm).__name__}, which does so over the last "
+                f"dimension; resblocks.LayerNorm does over channels"
             )
         return norm
 
@@ -261,13 +264,20 @@ class BlockLayers(Layers):
         }
 
 
-def refuse_unknown(options: Iterable[str], known: Iterable[str]) -> None:
-    """Raise TypeError for an option that does not exist, with the nearest one that does."""
+def with_layers(make: Made) -> Made:
+    """Mark what makes a layer out of others: it is handed the `Layers` of the options first, and honours them so."""
+    make.wants_layers = True  # type: ignore[attr-defined]
+    return make
+
+
+def refuse_unknown(options: Iterable[str], known: Iterable[str], taker: str = "") -> None:
+    """Raise TypeError for an option that does not exist, or that the taker named has not, with the nearest one."""
     names = tuple(known)
     for name in (option for option in options if option not in names):
         close = get_close_matches(name, names, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise TypeError(f"unknown option {name!r}{hint}; the options are {', '.join(names)}")
+        fault = f"{taker} takes no {name}" if taker else f"unknown option {name!r}"
+        raise TypeError(f"{fault}{hint}; the options are {', '.join(names)}")
 
 
 def check_positive(**arguments: int) -> None:
@@ -282,6 +292,21 @@ def check_input_size(sizes: object) -> None:
     fits = isinstance(sizes, Sequence) and bool(sizes) and all(isinstance(size, int) and size > 0 for size in sizes)
     if not fits:
         raise ValueError(f"input_size must be positive integers, one sample without the batch, got {sizes!r}")
+
+
+@contextmanager
+def explained(net: nn.Module, input_size: Sequence[int]) -> Iterator[None]:
+    """Say of an error in the net's forward which input size it was given, and what the net reads first."""
+    try:
+        yield
+    except Exception as error:
+        reads = next(
+            (f"; its first convolution is {layer}" for layer in net.modules() if isinstance(layer, _ConvNd)), ""
+        )
+        raise ValueError(
+            f"input_size must be one sample that the net takes, without the batch dimension, got {tuple(input_size)}"
+            f"{reads} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def check_probability(**arguments: float) -> None:

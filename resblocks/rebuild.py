@@ -14,12 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional
 
+from resblocks.recompute import BATCH_NORMS, INSTANCE_NORMS, AsThen
 from resblocks.watched import is_watched
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm)
 # One operator each, which draws nothing.
 ACTIVATIONS = (
@@ -108,13 +106,23 @@ class Rebuild:
         return tensor.detach(), tensor._version  # without its node, which would keep itself alive
 
 
+def start_rebuild() -> Rebuild | None:
+    """A new `Rebuild`; None within somebody else's hooks of saved tensors, for instance those of a checkpoint.
+
+    Only the innermost hooks see a tensor, and what they would hand on is what others keep less of.
+    """
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    ours = hooks is None or isinstance(getattr(hooks[0], "__self__", None), Rebuild)
+    return Rebuild() if ours else None
+
+
 class _Pair:
     """A norm and an activation that ran on x, to run again."""
 
     def __init__(self, norm: nn.Module, act: nn.Module, x: Tensor) -> None:
         self.norm, self.act, self.x = norm, act, x.detach()
-        self.by_batch = _by_batch(norm)
-        buffers = [] if self.by_batch else list(norm.buffers())
+        self.as_then = AsThen((norm, act))
+        buffers = [] if _by_batch(norm) else list(norm.buffers())
         read = [self.x, *norm.parameters(), *act.parameters(), *buffers]
         self.read = [(tensor, tensor._version) for tensor in read]
         self.autocast = _autocast(x.device.type)
@@ -143,9 +151,10 @@ class _Pair:
         autocast: AbstractContextManager[object] = nullcontext()
         if torch.amp.is_autocast_available(kind):
             autocast = torch.autocast(kind, dtype=dtype, enabled=enabled)
-        with torch.no_grad(), autocast:
-            normed = _again(self.norm, self.x, self.by_batch)
-            act: Any = self.act
+        norm: Any = self.norm
+        act: Any = self.act
+        with torch.no_grad(), autocast, self.as_then:
+            normed = type(norm).forward(norm, self.x)
             if False not in self.expected and type(act) is nn.ReLU:
                 return {True: torch.relu_(normed)}
             return {False: normed, True: type(act).forward(act, normed)}
@@ -181,14 +190,3 @@ def _autocast(kind: str) -> tuple[str, torch.dtype | None, bool]:
 def _by_batch(norm: Any) -> bool:
     """Whether a norm reads the statistics of the batch, not the running ones."""
     return bool(norm.training) or getattr(norm, "running_mean", None) is None
-
-
-def _again(norm: Any, x: Tensor, by_batch: bool) -> Tensor:
-    """What the norm put out, without moving its running statistics."""
-    mean, var = (None, None) if by_batch else (getattr(norm, "running_mean", None), getattr(norm, "running_var", None))
-    if type(norm) in BATCH_NORMS:
-        return functional.batch_norm(x, mean, var, norm.weight, norm.bias, by_batch, 0.0, norm.eps)
-    if type(norm) in INSTANCE_NORMS:
-        return functional.instance_norm(x, mean, var, norm.weight, norm.bias, by_batch, 0.0, norm.eps)
-    out: Tensor = type(norm).forward(norm, x)
-    return out

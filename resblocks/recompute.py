@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from resblocks.watched import is_recorded
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+class AsThen:
+    """While it is entered, modules are what they were when it was made: weights, modes, switches.
+
+    Backward comes later: a switch may be back, a mode another, and `torch.func.functional_call` has taken its weights
+    away again. What the modules change in their buffers, they change in copies, so nothing is counted a second time.
+    It serves as often as there are backward passes.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.then = [(module, _state(module)) for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        self.now: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def __enter__(self) -> None:
+        self.now = [(module, module.__dict__) for module, _ in self.then]
+        for module, state in self.then:
+            buffers = _copied(state["_buffers"]) if state["training"] else state["_buffers"]
+            module.__dict__ = {**state, "_buffers": buffers}
+
+    def __exit__(self, *error: object) -> None:
+        for module, state in self.now:
+            module.__dict__ = state
+        self.now = []
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    buffers = module._buffers
+    # In training torch's own norms write to their statistics, but do not read them.
+    if module.training and type(module) not in (*BATCH_NORMS, *INSTANCE_NORMS):
+        buffers = _copied(buffers)
+    return {**module.__dict__, "_parameters": dict(module._parameters), "_buffers": dict(buffers)}
+
+
+def _copied(buffers: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
 
 
 def recompute(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -17,32 +58,22 @@ def recompute(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> 
 
     Gradients, random masks and running statistics are those of the plain run: the second pass normalises by the
     statistics of the batch like the first, but counts them in no running mean (torch.utils.checkpoint alone updates
-    them twice, pytorch issue 96136). Function transforms, which checkpoints do not work under, run plainly.
+    them twice, pytorch issue 96136). Hooks on the parts run in both passes. Function transforms and `make_fx`, which
+    checkpoints do not work under, run plainly.
     """
     if torch._C._are_functorch_transforms_active():
         return run(x)
     if torch.compiler.is_compiling():  # the compiler takes the updates of statistics out of what it computes twice
         out: Tensor = checkpoint(run, x, use_reentrant=False)
+    elif is_recorded():
+        out = run(x)
     else:
-        out = checkpoint(run, x, use_reentrant=False, context_fn=partial(_contexts, module))
+        # Torch would stop the second pass at the last tensor that is kept, which RReLU fills only later.
+        stop = not any(isinstance(part, nn.RReLU) for part in module.modules())
+        with set_checkpoint_early_stop(stop):
+            out = checkpoint(run, x, use_reentrant=False, context_fn=partial(_contexts, module))
     return out
 
 
 def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _statistics_kept(module)
-
-
-@contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    # Without momentum and without a count, torch's norms still normalise by the batch but move their means by nothing.
-    norms = [child for child in module.modules() if isinstance(child, _NormBase)]
-    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum = None
-        norm.num_batches_tracked = None
-    try:
-        yield
-    finally:
-        for norm, momentum, count in before:
-            norm.momentum = momentum
-            norm.num_batches_tracked = count
+    return nullcontext(), AsThen(module.modules())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -12,12 +13,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from resblocks.chain import activate, ends_fresh, is_silent, run_layers
 from resblocks.init import init_weights
-from resblocks.rebuild import Rebuild, has_pair
+from resblocks.rebuild import Rebuild, has_pair, start_rebuild
 from resblocks.recompute import recompute
 from resblocks.watched import is_traced, is_watched
 
 Checkpoint: TypeAlias = bool | Literal["norms"]
-Where = Callable[[str, "Residual"], bool]
+Where: TypeAlias = str | Callable[[str, "Residual"], bool]
 
 
 @torch.fx.wrap
@@ -72,15 +73,17 @@ class Residual(nn.Module):
         drop_path: stochastic depth, applied to the scaled branch.
         checkpoint: True keeps only the input and recomputes the rest in backward (`resblocks.recompute`); "norms"
             keeps what norms read and rebuilds what they and the activations behind them put out
-            (`resblocks.rebuild`). Results are the same. Hooks on a norm or an activation see each value once: what
-            they look at is kept. Under torch.compile "norms" changes nothing: the compiler decides what to keep.
+            (`resblocks.rebuild`). Results are the same. With True hooks on the parts run again in backward; with
+            "norms" they see each value once: what they look at is kept. Under torch.compile and within another
+            checkpoint "norms" changes nothing.
         skip: False drops the shortcut for good and builds a plain block.
 
     Shape: that of the parts; with the defaults the branch must keep the shape of its input.
 
     Raises:
         ValueError: `skip=False` together with a shortcut, merge, drop path or scale (a plain block that starts at
-            zero puts out zeros for ever, since its weights get no gradient).
+            zero puts out zeros for ever, since its weights get no gradient); a part that begins with a layer that
+            works in place, and would write over what the others read.
 
     Example:
         >>> block = Residual(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
@@ -103,9 +106,13 @@ class Residual(nn.Module):
     ) -> None:
         super().__init__()
         check_checkpoint(checkpoint)
+        check_skip(skip)
         for name, part in {"shortcut": shortcut, "scale": scale, "drop_path": drop_path, "merge": merge}.items():
             if part is not None and not skip:
                 raise ValueError(f"{name} must be None with skip=False, which leaves nothing to merge, got {part}")
+        for name, part in {"preact": preact, "branch": branch, "shortcut": shortcut}.items():
+            if getattr(first_layer(part), "inplace", False):
+                raise ValueError(f"{name} must not begin in place, as others read its input, got {first_layer(part)}")
         self.preact = identity_if_none(preact)
         self.branch = branch
         self.shortcut = identity_if_none(shortcut) if skip else None
@@ -149,7 +156,7 @@ class Residual(nn.Module):
             return recompute(self, self.run, x)
         if is_traced(x):
             return self.run(x)
-        return self.run(x, Rebuild())
+        return self.run(x, start_rebuild())
 
     def run(self, x: Tensor, rebuild: Rebuild | None = None) -> Tensor:
         """The block itself, whatever is kept of its activations."""
@@ -180,7 +187,8 @@ class Residual(nn.Module):
         parts: Any = self._modules
         scale, drop_path = parts["scale"], parts["drop_path"]
         silent = is_silent(scale) and is_silent(drop_path)
-        if in_place and silent and shortcut.shape == y.shape and shortcut.dtype == y.dtype:
+        alike = (shortcut.shape, shortcut.dtype, shortcut.stride()) == (y.shape, y.dtype, y.stride())
+        if in_place and silent and alike:
             return y.add_(shortcut)
         out: Tensor = parts["merge"](shortcut, y if silent else drop_path(scale(y)))
         return out
@@ -189,6 +197,13 @@ class Residual(nn.Module):
         """The block on one line; `nn.Module.__repr__(block)` shows every layer on its own."""
         parts = [f"{name}: {in_words(part)}" for name, part in self.named_children() if not is_usual(part)]
         return f"{type(self).__name__}({'; '.join(parts if self._skip else [*parts, 'skip=False'])})"
+
+
+def first_layer(part: nn.Module | None) -> nn.Module | None:
+    """What of a part reads its input, a sequence's first layer."""
+    while isinstance(part, nn.Sequential) and len(part):
+        part = part[0]
+    return part
 
 
 def keeps_forward(block: Residual) -> bool:
@@ -224,10 +239,15 @@ def check_checkpoint(checkpoint: object) -> None:
         raise ValueError(f"checkpoint must be False, True or 'norms', got {checkpoint!r}")
 
 
+def check_skip(skip: object) -> None:
+    """Raise unless it is True or False; a pattern or a list with one entry a block is not."""
+    if not isinstance(skip, bool):
+        raise ValueError(f"skip must be True or False, got {skip!r}")
+
+
 def check_switch(block: Residual, on: bool, name: str = "") -> None:
     """Raise if the block cannot be switched to `on`; the message gives the block's name in its net."""
-    if not isinstance(on, bool):
-        raise ValueError(f"skip must be True or False, got {on!r}")
+    check_skip(on)
     if on == block.skip:
         return
     what = f"skip of {type(block).__name__}{f' {name!r}' if name else ''}"
@@ -241,13 +261,42 @@ def check_switch(block: Residual, on: bool, name: str = "") -> None:
 
 
 def residuals(net: nn.Module, where: Where | None = None) -> dict[str, Residual]:
-    """The residual blocks of a net by name, in order, nested ones included.
+    """The residual blocks of a net by name, in order, nested ones included; `torch.compile` changes no name.
 
     Args:
-        where: keeps the blocks for which `where(name, block)` is true; None keeps all.
+        where: which blocks: a predicate `where(name, block)`, or a shell pattern that the name matches, "stages.3.*";
+            None keeps all.
+
+    Raises:
+        ValueError: `where` is neither.
     """
-    found = {name: module for name, module in net.named_modules() if isinstance(module, Residual)}
-    return {name: block for name, block in found.items() if where is None or where(name, block)}
+    if not (where is None or isinstance(where, str) or callable(where)):
+        raise ValueError(f"where must be a predicate of name and block, a shell pattern or None, got {where!r}")
+    found = {plain_name(name): module for name, module in net.named_modules() if isinstance(module, Residual)}
+    return {name: block for name, block in found.items() if is_chosen(name, block, where)}
+
+
+def some_residuals(net: nn.Module, where: Where | None = None) -> dict[str, Residual]:
+    """`residuals` of a net that has some.
+
+    Raises:
+        ValueError: it holds no `Residual`, or `where` is no choice.
+    """
+    if not residuals(net):
+        raise ValueError(f"net must hold at least one Residual, got {type(net).__name__} without any")
+    return residuals(net, where)
+
+
+def is_chosen(name: str, block: Residual, where: Where | None) -> bool:
+    """Whether `where` takes the block."""
+    if isinstance(where, str):
+        return fnmatchcase(name, where)
+    return where is None or where(name, block)
+
+
+def plain_name(name: str) -> str:
+    """The name of a module without what `torch.compile` puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def set_skip(net: nn.Module, on: bool, where: Where | None = None) -> list[str]:
@@ -258,18 +307,22 @@ def set_skip(net: nn.Module, on: bool, where: Where | None = None) -> list[str]:
     Args:
         net: a net, or a single block.
         on: True for residual, False for plain.
-        where: predicate `where(name, block)`; None takes every block.
+        where: which blocks: a predicate `where(name, block)`, or a shell pattern that the name matches, "stages.3.*";
+            None takes every block.
 
     Raises:
-        ValueError: the net holds no `Residual`, `where` chooses none, or a chosen block cannot be switched (built with
-            `skip=False`, or merged by concatenation).
+        ValueError: the net holds no `Residual`, `where` is neither or chooses none, or a chosen block cannot be
+            switched (built with `skip=False`, or merged by concatenation).
+
+    Example:
+        >>> net = nn.Sequential(Residual(nn.Linear(8, 8)), Residual(nn.Linear(8, 8)))
+        >>> set_skip(net, False, where="1*")
+        ['1']
     """
-    if not residuals(net):
-        raise ValueError(f"net must hold at least one Residual to switch, got {type(net).__name__} without any")
-    chosen = residuals(net, where)
+    chosen = some_residuals(net, where)
     if not chosen:
         names = ", ".join(list(residuals(net))[:3])
-        raise ValueError(f"where must choose at least one block of the net ({names}, ...), got none")
+        raise ValueError(f"where must choose at least one block of the net ({names}, ...), got none by {where!r}")
     for name, block in chosen.items():
         check_switch(block, on, name)
     for block in chosen.values():

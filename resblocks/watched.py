@@ -16,10 +16,17 @@ def is_traced(x: object) -> bool:
     # is_compiling comes first: torch.compile and torch.export then trace nothing of this.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
+    if is_recorded():
+        return True
     # Function transforms and forward-mode differentiation need operators that they know.
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     return bool(_has_any_global_hook()) or not is_plain(x)  # type: ignore[no-untyped-call]
+
+
+def is_recorded() -> bool:
+    """Whether `make_fx` writes operators down; it knows neither checkpoints nor autograd functions of our own."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def is_plain(x: object) -> TypeGuard[Tensor]:

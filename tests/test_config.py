@@ -17,6 +17,7 @@ from torch import nn
 
 import resblocks as rb
 from resblocks.config import from_config, to_config
+from resblocks.fuse import fuse
 from resblocks.interop import TIMM, from_pretrained, push_to_hub, save_pretrained
 from resblocks.layers import SE, WSConv2d, blur_downsample, group_norm
 
@@ -56,10 +57,10 @@ SLOW = ("resnet1202", "preact_resnet1001", "densenet_bc_190_40", "densenet_bc_25
 def test_config_builds_the_net_again(name: str) -> None:
     with torch.device("meta"):
         net = NETS[name]()
-        written = json.dumps(net.config)
-        again = from_config(json.loads(written))
+        config = net.config
+        again = from_config(json.loads(json.dumps(config)))
     assert twins(net, again)
-    assert again.config == net.config
+    assert again.config == config
 
 
 def test_config_follows_the_head_and_leaves_out_the_device() -> None:
@@ -122,6 +123,63 @@ def test_head_of_ones_own_is_refused() -> None:
     net = rb.create_model("resnet20")
     net.head = nn.Linear(64, 3)
     with pytest.raises(ValueError, match="a head that reset_head made, with 10 outputs, got Linear"):
+        _ = net.config
+
+
+def with_gelu(net: rb.Network) -> rb.Network:
+    net.get_submodule("stages.1.0").act = nn.GELU()
+    return net
+
+
+def with_a_layer_more(net: rb.Network) -> rb.Network:
+    net.get_submodule("stages.1.0.branch").append(nn.ReLU())
+    return net
+
+
+def with_a_skip_off(net: rb.Network) -> rb.Network:
+    rb.set_skip(net, False, where="stages.1.*")
+    return net
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (with_gelu, r"but at stages\.1\.0\.act it has GELU\(.*\), and its call builds ReLU\(\)"),
+        (with_a_layer_more, r"but at stages\.1\.0\.branch\.5 it has ReLU\(\), and its call builds nothing"),
+        (
+            with_a_skip_off,
+            r"but at stages\.1\.0 it has BasicBlock\(\) with skip=False, and its call builds .*skip=True",
+        ),
+        (rb.freeze_norm, r"but at stem\.norm it has FrozenBatchNorm\(.*\), and its call builds BatchNorm2d\(.*\)"),
+        (fuse, r"but at stem\.conv it has FusedConv\(.*\), and its call builds Conv2d.*torch\.save"),
+    ],
+)
+def test_config_of_a_net_that_was_changed_is_refused(change: Any, text: str) -> None:
+    net = change(rb.create_model("resnet20"))
+    with pytest.raises(ValueError, match=text):
+        _ = net.config
+
+
+def test_config_draws_no_random_numbers_and_knows_synchronised_norms() -> None:
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(rb.create_model("resnet20"))
+    before = torch.get_rng_state()
+    assert net.config == rb.create_model("resnet20", device="meta").config
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class LinearRates(rb.ResNet):
+    """A net of a user whose constructor reads the value of a tensor, which the meta device does not have."""
+
+    def __init__(self) -> None:
+        rate = float(torch.linspace(0, 0.1, 3)[1])
+        super().__init__(rb.BasicBlock, (1,), (8,), drop_path=rate, stem_width=8)
+
+
+def test_config_of_a_net_that_needs_memory_to_be_built() -> None:
+    net = LinearRates()
+    assert net.config["name"].endswith("LinearRates")
+    net.get_submodule("stages.0.0.drop_path").p = 0.2
+    with pytest.raises(ValueError, match=r"has DropPath\(p=0\.2\), and its call builds DropPath\(p=0\.05"):
         _ = net.config
 
 

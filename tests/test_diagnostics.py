@@ -11,7 +11,16 @@ import torchvision
 from torch import Tensor, nn
 
 from resblocks.blocks import BasicBlock, DenseLayer
-from resblocks.diagnostics import count_macs, count_params, gradient_flow, lesion_study, signal_report, summary
+from resblocks.diagnostics import (
+    count_macs,
+    count_params,
+    gradient_flow,
+    lesion_curve,
+    lesion_study,
+    signal_report,
+    summary,
+)
+from resblocks.lesions import Part
 from resblocks.residual import Residual, set_skip
 
 TORCHVISION = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "densenet169"]
@@ -95,7 +104,7 @@ def test_counting_leaves_a_training_net_as_it_was() -> None:
 def test_counting_leaves_a_net_as_it_was_after_an_error() -> None:
     net = nn.Sequential(small_net(), Boom())
     before = state_of(net)
-    with pytest.raises(RuntimeError, match="boom"):
+    with pytest.raises(ValueError, match="boom"):
         summary(net, (3, 8, 8))
     assert_same_state(net, before)
 
@@ -104,6 +113,30 @@ def test_counting_leaves_a_net_as_it_was_after_an_error() -> None:
 def test_input_size_that_is_not_positive_raises(input_size: Any) -> None:
     with pytest.raises(ValueError, match="input_size must be positive integers"):
         count_macs(small_net(), input_size)
+
+
+@pytest.mark.parametrize("input_size", [(8, 8), (1, 3, 8, 8), (4, 8, 8)])
+@pytest.mark.parametrize("count", [count_macs, summary])
+def test_input_size_that_the_net_does_not_take_is_named(count: Any, input_size: tuple[int, ...]) -> None:
+    said = (
+        r"one sample that the net takes, without the batch dimension, got \({}\); its first convolution is Conv2d\(3, 4"
+    )
+    with pytest.raises(ValueError, match="input_size must be " + said.format(", ".join(map(str, input_size)))):
+        count(small_net(), input_size)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_net_inside_a_wrapper_is_counted(wrap: Any) -> None:
+    net = small_net()
+    assert count_macs(wrap(net), (3, 8, 8)) == count_macs(net, (3, 8, 8))
+    assert summary(wrap(net), (3, 8, 8)) == summary(net, (3, 8, 8))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_traced_net_is_not_counted() -> None:
+    net = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
+    with pytest.raises(ValueError, match="net must be a module in Python, got a traced or scripted one"):
+        count_macs(net, (2,))
 
 
 def test_summary_has_a_row_for_each_block_and_the_rows_add_up() -> None:
@@ -180,6 +213,23 @@ def test_gradient_flow_leaves_out_what_got_no_gradient() -> None:
     assert len(names) == 5
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("parametrise", "parts"),
+    [
+        (torch.nn.utils.parametrizations.spectral_norm, ["original"]),
+        (torch.nn.utils.parametrizations.weight_norm, ["original0", "original1"]),
+    ],
+)
+def test_gradient_flow_reads_what_a_parametrised_weight_is_made_of(parametrise: Any, parts: list[str]) -> None:
+    net = nn.Sequential(parametrise(nn.Linear(3, 3)), nn.Linear(3, 1))
+    net(torch.randn(4, 3)).sum().backward()
+    names = [f"0.parametrizations.weight.{part}" for part in parts] + ["1.weight"]
+    rows = gradient_flow(net)
+    assert [row.name for row in rows] == names
+    assert [row.norm for row in rows] == pytest.approx([float(net.get_parameter(name).grad.norm()) for name in names])
+
+
 def test_gradient_flow_of_a_single_layer_has_a_plain_name() -> None:
     layer = nn.Linear(2, 1)
     layer(torch.ones(1, 2)).sum().backward()
@@ -248,6 +298,24 @@ def test_signal_report_reads_the_gradients_of_a_frozen_net() -> None:
     assert all(row.merged_grad_norm > 0 for row in rows)
 
 
+class Cut(nn.Module):
+    """Lets no gradient through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+
+def test_signal_report_has_no_gradient_for_values_outside_the_graph() -> None:
+    net = nn.Sequential(Residual(nn.Linear(3, 3)), Cut(), Residual(Cut(), Cut()), Residual(nn.Linear(3, 3)))
+    before, cut, behind = signal_report(net, torch.randn(4, 3), loss=Tensor.sum)
+    assert before.merged_grad_norm == before.branch_grad_norm == 0
+    assert cut.merged_grad_norm is None
+    assert cut.branch_grad_norm is None
+    assert behind.branch_grad_norm > 0
+    (alone,) = signal_report(nn.Sequential(Residual(nn.Linear(3, 3)), Cut()), torch.randn(4, 3), loss=Tensor.sum)
+    assert alone.merged_grad_norm == 0
+
+
 def test_signal_report_removes_its_hooks_on_an_error() -> None:
     net = nn.Sequential(small_net(), Boom())
     before = state_of(net)
@@ -289,7 +357,7 @@ def test_diagnostics_see_into_a_net_that_was_compiled_and_run() -> None:
 
 def test_lesion_of_the_skip_leaves_the_branch() -> None:
     net, x = nn.Sequential(Residual(nn.Linear(3, 3)), Residual(nn.Linear(3, 3))), torch.randn(2, 3)
-    study = lesion_study(net, lambda net: net(x).sum(), part="skip", where=lambda name, block: name == "1")
+    study = lesion_study(net, lambda net: net(x).sum(), part="skip", where="1")
     (lesion,) = study.lesions
     assert lesion.metric == pytest.approx(net[1].branch(net[0](x)).sum().item(), abs=1e-5)
     assert net[1].skip
@@ -324,6 +392,44 @@ def test_lesion_study_leaves_plain_blocks_out() -> None:
     set_skip(net, False)
     with pytest.raises(ValueError, match="at least one block whose skip is on, got none"):
         lesion_study(net, lambda net: 0.0)
+
+
+@pytest.mark.parametrize("part", ["branch", "skip"])
+def test_lesion_curve_damages_so_many_blocks_at_once(part: Part) -> None:
+    net = nn.Sequential(*(Residual(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(6)))
+    before, seen = state_of(net), []
+
+    def damaged(net: nn.Module) -> float:
+        seen.append((net.training, torch.is_grad_enabled()))
+        gone = [not child.skip if part == "skip" else len(child.branch._forward_hooks) > 0 for child in net]
+        return sum(2.0**index for index, is_gone in enumerate(gone) if is_gone)
+
+    curve = lesion_curve(net, damaged, trials=5, part=part)
+    assert {count: len(metrics) for count, metrics in curve.items()} == {0: 1, 1: 5, 2: 5, 3: 5, 4: 5, 5: 5, 6: 1}
+    for count, metrics in curve.items():
+        assert [int(metric).bit_count() for metric in metrics] == [count] * len(metrics)
+        assert len(set(metrics)) == len(metrics)
+    assert curve == lesion_curve(net, damaged, range(7), trials=5, part=part)
+    assert curve[3] != lesion_curve(net, damaged, [3], trials=5, part=part, seed=1)[3]
+    assert set(seen) == {(False, False)}
+    assert_same_state(net, before)
+
+
+def test_lesion_curve_agrees_with_the_study_of_single_blocks() -> None:
+    net, x = small_net(), torch.randn(2, 3, 8, 8)
+    study = lesion_study(net, lambda net: net(x).sum())
+    curve = lesion_curve(net, lambda net: net(x).sum(), trials=100)
+    assert curve[0] == [study.intact]
+    assert curve[1] == [lesion.metric for lesion in study.lesions]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"counts": [3]}, "counts must lie between 0 and the 2 blocks"), ({"trials": 0}, "trials must be at least 1")],
+)
+def test_lesion_curve_of_what_cannot_be_raises(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lesion_curve(small_net(), lambda net: 0.0, **options)
 
 
 def test_lesion_of_an_unknown_part_raises() -> None:

@@ -29,6 +29,9 @@ def test_lesions_name_each_block_and_cost_accuracy(printed: str) -> None:
     assert intact is not None
     assert plain is not None
     assert float(intact[1]) > 90 > 50 > float(plain[1])
+    curve = re.findall(r"^ +(\d) +([\d.]+) % to +([\d.]+) %", printed, re.M)
+    assert [int(count) for count, *_ in curve] == list(range(10))
+    assert float(curve[0][1]) == float(intact[1]) > float(curve[9][2])
 
 
 @pytest.mark.parametrize("printed", ["own_block"], indirect=True)

@@ -15,7 +15,7 @@ import resblocks as rb
 from resblocks import fused_operators, winograd
 from resblocks.fuse import FusedConv, FusedDenseBlock, FusedResidual, fuse
 from resblocks.fused import Affine, Clamp
-from tests.blocks import count, image
+from tests.blocks import count, image, trains_every_parameter
 
 NETS = {
     "resnet18": {},
@@ -420,6 +420,26 @@ def test_weights_of_a_functional_call_are_used():
         assert relative_error(y, nn.functional.conv2d(x, weight, padding=1)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["resnet20", "densenet"])
+def test_thawed_weights_get_their_gradients(name):
+    net = rb.DenseNet(8, (2, 2), stem="cifar") if name == "densenet" else rb.create_model(name)
+    trains_every_parameter(fuse(net.eval()).requires_grad_(), image(3, 32))
+
+
+class Detached(nn.Module):
+    def forward(self, x):
+        return x.detach()
+
+
+def test_gradient_of_a_shortcut_passes_a_branch_that_gets_none():
+    block = rb.Residual(nn.Sequential(Detached(), nn.Conv2d(4, 4, 1)), rb.layers.LayerScale(4)).eval()
+    fused, x = fuse(block), torch.randn(1, 4, 5, 5, requires_grad=True)
+    fused.shortcut.requires_grad_()
+    fused(x).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 1e-5))
+    torch.testing.assert_close(fused.shortcut.weight.grad, x.sum((0, 2, 3)))
+
+
 def test_defaults_of_torch_do_not_matter():
     net, x = trained("resnet18", stem="cifar"), image(3, 16, batch=2)
     fused_operators.winograd_is_faster.cache_clear()
@@ -483,6 +503,8 @@ def test_layouts_do_not_leave_the_cpu():
 
 
 @pytest.mark.parametrize(("sizes", "message"), [
+    ({"input_size": (16, 16)}, r"input_size must be one sample that the net takes, .* batch dimension, got \(16, 16\)"),
+    ({"input_size": (4, 16, 16)}, r"input_size must be one sample that the net takes, .* got \(4, 16, 16\)"),
     ({"input_size": ()}, r"input_size must be positive integers, one sample without the batch, got \(\)"),
     ({"input_size": 224}, "input_size must be positive integers, one sample without the batch, got 224"),
     ({"input_size": (3, 8.0, 8)}, r"input_size must be positive integers, .* got \(3, 8.0, 8\)"),

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from resblocks import create_model
+from resblocks.fuse import fuse
 from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION, differences, load, pretrained, to_timm, to_torchvision
 from resblocks.interop.weights import read_weights
-from resblocks.layers import CBAM, WSConv2d
+from resblocks.layers import CBAM, WSConv2d, freeze_norm, group_norm, weight_standardised
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -49,6 +50,8 @@ def randomise(model: nn.Module) -> nn.Module:
 def shallow(build: Callable[..., nn.Module]) -> nn.Module:
     """Our net of a table's line with few blocks."""
     assert isinstance(build, partial)
+    if "depths" in build.keywords:
+        return build(depths=SHALLOW, num_classes=10)
     args = [*build.args]
     args[1] = SHALLOW
     return build.func(*args, **build.keywords, num_classes=10)
@@ -147,6 +150,18 @@ def test_differences_sees_one_changed_weight() -> None:
     assert min(found.values()) > 1e-6
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert net.training
+
+
+def test_differences_compares_frozen_parameters_and_leaves_them_frozen() -> None:
+    model, net = torchvision_net(10), create_model("resnet18", num_classes=10)
+    load(net, model)
+    x = torch.randn(2, 3, 32, 32)
+    expected = differences(net, model, x)
+    net.stem.requires_grad_(False)
+    model.layer1.requires_grad_(False)
+    assert differences(net, model, x) == expected
+    assert not any(weight.requires_grad for part in (net.stem, model.layer1) for weight in part.parameters())
+    assert differences(freeze_norm(net), model, x)["logits"] == expected["logits"]
 
 
 def test_differences_does_not_hide_a_nan() -> None:
@@ -256,6 +271,22 @@ def test_prefix_of_wrappers_is_taken_off(wrap: Any) -> None:
     for source in (wrap(model), wrap(model).state_dict()):
         assert load(net, source) == []
         assert torch.equal(net.get_parameter("head.bias"), model.fc.bias)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda net: nn.DataParallel(torch.compile(net))])
+def test_net_inside_a_wrapper_is_loaded(wrap: Any) -> None:
+    net, model = create_model("resnet18", num_classes=10), torchvision_net(10)
+    assert load(wrap(net), model) == []
+    assert torch.equal(net.get_parameter("head.bias"), model.fc.bias)
+    assert to_torchvision(wrap(net)).keys() == model.state_dict().keys()
+
+
+def test_fused_net_is_not_loaded_and_the_order_is_said() -> None:
+    net = create_model("resnet18", num_classes=10)
+    for source in (torchvision_net(10), net):
+        with pytest.raises(ValueError, match=r"net must not be fused, .* load into the net, then fuse it"):
+            load(fuse(net), source)
+    assert load(fuse(net), fuse(net)) == []
 
 
 def test_average_of_a_model_is_read() -> None:
@@ -483,3 +514,18 @@ def test_core_imports_none_of_it() -> None:
         code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
         assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["resnetblur50", "resnetaa50", "resnetrs50"])
+def test_every_part_of_timms_nets_takes_norm_conv_and_activation(name: str) -> None:
+    options: dict[str, Any] = {"norm": group_norm, "conv": weight_standardised, "activation": nn.SiLU}
+    net = TIMM[name](**options, device="meta")
+    kinds = {type(layer) for layer in net.modules()}
+    assert {nn.GroupNorm, WSConv2d, nn.SiLU} <= kinds
+    assert not {nn.BatchNorm2d, nn.Conv2d} & kinds
+    assert all(isinstance(at.get_submodule("act"), nn.SiLU) for at in (net.stem, net.stages[0][0]))
+
+
+def test_stem_convolution_of_timm_without_norm_has_a_bias() -> None:
+    net = TIMM["resnetrs50"](norm=None, device="meta")
+    assert net.get_parameter("stem.pool.conv.bias") is not None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import resblocks as rb
-from tests.blocks import image
+from tests.blocks import count, image
 
 
 @pytest.mark.parametrize("channels", [1, 2, 8, 16, 32, 64, 72, 256])
@@ -87,6 +87,25 @@ def test_freeze_norm_without_batch_norm_raises():
         rb.freeze_norm(nn.Linear(2, 2))
 
 
+def test_freeze_norm_of_a_net_on_the_meta_device_stays_there():
+    net = rb.freeze_norm(rb.create_model("resnet20", device="meta"))
+    assert all(tensor.is_meta for tensor in net.state_dict().values())
+    assert count(net, rb.FrozenBatchNorm) == 19
+
+
+def test_frozen_norm_keeps_the_digits_of_float64():
+    norm = nn.BatchNorm2d(3).double()
+    nn.init.constant_(norm.running_mean, 1 / 3)
+    assert torch.equal(rb.FrozenBatchNorm.from_norm(norm).running_mean, norm.running_mean)
+
+
+def test_freeze_norm_of_a_norm_alone_says_what_makes_one():
+    with pytest.raises(
+        ValueError, match=r"net must hold the norms to freeze, got BatchNorm2d\(3.*FrozenBatchNorm\.from"
+    ):
+        rb.freeze_norm(nn.BatchNorm2d(3))
+
+
 @pytest.mark.parametrize("channels", [8, 32, 64, 256, 2048])
 def test_eca_has_the_kernel_of_timm(channels):
     theirs = timm.layers.EcaModule(channels)
@@ -138,6 +157,14 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert not y[~kept].any()
     assert y.mean() == pytest.approx(1, abs=0.02)
     assert torch.equal(rb.DropPath(0.25).eval()(x), x)
+
+
+def test_drop_path_drops_by_sample_under_vmap():
+    drop = rb.DropPath(0.5)
+    y = torch.func.vmap(drop, randomness="different")(torch.ones(4, 64, 3, 2))
+    each = y.flatten(2)
+    assert (each == each[..., :1]).all()
+    assert 0 < (each[..., 0] == 0).sum() < 4 * 64
 
 
 @pytest.mark.parametrize("p", [-0.1, 1, 1.5])

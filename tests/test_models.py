@@ -49,6 +49,7 @@ def test_unknown_option_raises(options, text):
             r"name must be one of the \d+ named nets, got 'resnet19'; did you mean resnet",
         ),
         (lambda: create_model("vgg"), r"list_models\(\) shows them all"),
+        (lambda: create_model("resnet50d"), r"one of timm's: resblocks\.interop\.TIMM\['resnet50d'\]\(\) builds it"),
         (lambda: cifar_resnet(55), r"depth must be 6n \+ 2 \(nearest: 50, 56\), got 55"),
         (lambda: cifar_resnet(2), r"depth must be 6n \+ 2 \(nearest: 8, 14\), got 2"),
         (lambda: cifar_preact_bottleneck_resnet(110 + 1), r"depth must be 9n \+ 2 \(nearest: 110, 119\), got 111"),

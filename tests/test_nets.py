@@ -11,6 +11,7 @@ from torch import nn
 
 import resblocks as rb
 from resblocks import BaselineCNN, BasicBlock, Bottleneck, DenseNet, PreActBasicBlock, ResNet, create_model, list_models
+from resblocks.options import with_layers
 from tests.blocks import count, image, trains_every_parameter
 
 TORCHVISION = [
@@ -70,10 +71,28 @@ def test_resnet_takes_a_foreign_block_of_three_arguments():
             return self.conv(x).relu()
 
     assert trains_every_parameter(small(Tiny), image(3)).shape == (3, 3)
-    with pytest.raises(ValueError, match="block Tiny takes no option 'norm', got norm=None"):
+    with pytest.raises(
+        ValueError, match=r"block Tiny takes no option 'norm', got norm=None: .*give the net a stem of your"
+    ):
         small(Tiny, norm=None)
-    with pytest.raises(ValueError, match="block Tiny takes no option 'skip', got skip=False"):
+    with pytest.raises(
+        ValueError, match=r"block Tiny takes no option 'skip', got skip=False: .* give the block that keyword$"
+    ):
         small(Tiny, skip=False)
+
+
+@pytest.mark.parametrize(("dims", "conv"), [(1, nn.Conv1d), (3, nn.Conv3d)])
+def test_foreign_block_of_other_dims_need_not_know_dims(dims, conv):
+    class Own(nn.Module):
+        def __init__(self, in_channels, out_channels, stride=1):
+            super().__init__()
+            self.conv = conv(in_channels, out_channels, 3, stride, 1)
+            self.out_channels = out_channels
+
+        def forward(self, x):
+            return self.conv(x).relu()
+
+    assert trains_every_parameter(small(Own, dims=dims), image(3, dims=dims)).shape == (3, 3)
 
 
 def test_block_without_out_channels_raises():
@@ -121,6 +140,17 @@ def test_stem_takes_a_callable():
     net = small(stem=partial(nn.Conv2d, kernel_size=4, stride=4))
     assert net.stage_strides == (4, 8)
     assert net(image(3, 16)).shape == (3, 3)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_stem_marked_with_layers_honours_the_options(dims):
+    @with_layers
+    def stem(make, in_channels, width):
+        return nn.Sequential(make.conv(in_channels, width, 3, 2), make.norm(width), make.activation())
+
+    net = small(stem=stem, dims=dims, norm=rb.group_norm, conv=rb.weight_standardised, activation=nn.SiLU)
+    assert [type(layer) for layer in net.stem] == [rb.weight_standardised[dims - 1], nn.GroupNorm, nn.SiLU]
+    assert trains_every_parameter(net, image(3, 8, dims)).shape == (3, 3)
 
 
 def test_preactivated_net_normalises_before_its_head_and_not_in_its_stem():
@@ -327,6 +357,37 @@ def test_stride_of_a_pixel_unshuffle_is_counted():
     assert small(stem=stem).stage_strides == (4, 8)
 
 
+def test_pool_without_a_stride_has_that_of_its_window():
+    def stem(in_channels, width):
+        return nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1), nn.LPPool2d(2, 4))
+
+    assert small(stem=stem).stage_strides == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.ConvTranspose2d(8, 8, 2, 2), "a transposed layer enlarges the map"),
+        (nn.MaxUnpool2d(2), "a transposed layer enlarges the map"),
+        (nn.Upsample(scale_factor=2), "its layers have no stride that counts"),
+        (nn.PixelShuffle(2), "its layers have no stride that counts"),
+        (nn.AdaptiveAvgPool2d(4), "its layers have no stride that counts"),
+        (nn.AdaptiveMaxPool2d(4), "its layers have no stride that counts"),
+        (nn.Conv2d(8, 8, 3, stride=(2, 1)), "its dimensions have strides of their own"),
+    ],
+)
+def test_stride_that_cannot_be_counted_is_asked_for(layer, why):
+    def stem(in_channels, width, told=False):
+        layers = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1), layer)
+        if told:
+            layers.stride = 2
+        return layers
+
+    with pytest.raises(ValueError, match=f"stem must have an attribute stride, its total one, since {why}, got"):
+        small(stem=stem)
+    assert small(stem=partial(stem, told=True)).stage_strides == (2, 4)
+
+
 def test_function_that_hides_what_its_blocks_put_out_raises():
     def make(in_channels, out_channels, stride, **options):
         return PreActBasicBlock(in_channels, out_channels, stride, **options)
@@ -374,6 +435,14 @@ def test_bad_net_raises(build, text):
 def test_unknown_option_of_a_net_raises():
     with pytest.raises(TypeError, match=r"unknown option 'activaton' \(did you mean 'activation'\?\)"):
         small(activaton=nn.ReLU)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("densenet121", "DenseNet"), ("densenet_bc_100_12", "DenseNet"), ("baseline_cnn", "BaselineCNN")]
+)
+def test_option_of_another_net_is_refused_with_all_that_this_one_has(name, kind):
+    with pytest.raises(TypeError, match=rf"{kind} takes no output_stride; the options are .*depths.*num_classes.*norm"):
+        create_model(name, output_stride=16)
 
 
 @pytest.mark.parametrize("name", [name for name in list_models("resnet*") if name != "resnet1202"])

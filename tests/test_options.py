@@ -229,6 +229,7 @@ def unmade():
         ({"activation": unmade}, "activation must return a torch.nn.Module, got .*relu"),
         ({"norm": nn.BatchNorm2d(8)}, "norm must be a class or callable that makes layers, got one already made"),
         ({"norm": nn.LayerNorm}, "norm must normalise over channels, got torch.nn.LayerNorm.*resblocks.LayerNorm"),
+        ({"norm": nn.RMSNorm}, "norm must normalise over channels, got torch.nn.RMSNorm.*resblocks.LayerNorm"),
         ({"downsample": nn.AvgPool2d}, "downsample must take channels and stride, got AvgPool2d, which takes the size"),
         ({"norm": "batch"}, "norm must be a class or callable that returns a torch.nn.Module, got 'batch'"),
         ({"norm": partial(nn.GroupNorm, 32)}, "norm .*GroupNorm.* refused the arguments .16,.: num_channels"),

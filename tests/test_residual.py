@@ -1,5 +1,7 @@
 """The residual sentence, its merges and the skip switch."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -112,6 +114,33 @@ def test_set_skip_takes_a_predicate():
     assert [block.skip for block in rb.residuals(net).values()] == [True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("where", "chosen"),
+    [("stages.1.*", ["stages.1.0", "stages.1.1"]), ("*.0", ["stages.0.0", "stages.1.0"]), ("*", None)],
+)
+def test_where_takes_a_shell_pattern_on_names(where, chosen):
+    net = plain_net()
+    chosen = list(rb.residuals(net)) if chosen is None else chosen
+    assert list(rb.residuals(net, where)) == chosen
+    with skips_off(net, where=where) as off:
+        assert off == chosen
+    assert set_skip(net, False, where=where) == chosen
+    assert [name for name, block in rb.residuals(net).items() if not block.skip] == chosen
+
+
+@pytest.mark.parametrize("where", [1, ["stages.0.0"], True])
+def test_where_of_another_type_raises(where):
+    with pytest.raises(ValueError, match="where must be a predicate of name and block, a shell pattern or None, got"):
+        set_skip(plain_net(), False, where=where)
+
+
+def test_compiling_changes_no_name():
+    net = plain_net()
+    names = list(rb.residuals(net))
+    net.stages[0] = torch.compile(net.stages[0])
+    assert list(rb.residuals(torch.compile(net))) == names
+
+
 def test_skips_off_restores_on_exit_and_on_error():
     net = plain_net()
     net.stages[1][0].skip = False
@@ -154,7 +183,7 @@ def test_set_skip_with_a_predicate_that_matches_nothing_raises():
 
 
 def test_set_skip_without_any_residual_raises():
-    with pytest.raises(ValueError, match="net must hold at least one Residual to switch, got Linear"):
+    with pytest.raises(ValueError, match="net must hold at least one Residual, got Linear"):
         set_skip(nn.Linear(2, 2), False)
 
 
@@ -207,3 +236,41 @@ def test_skip_is_true_or_false():
 def test_merge_without_skip_raises():
     with pytest.raises(ValueError, match="merge must be None with skip=False, which leaves nothing to merge"):
         Residual(nn.Linear(4, 4), merge=rb.WeightedAdd(4), skip=False)
+
+
+@pytest.mark.parametrize("skip", [[True, False], "False", "stages.2", None, 0, {}])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda skip: Residual(nn.Linear(4, 4), skip=skip),
+        lambda skip: BasicBlock(8, 16, 2, skip=skip),
+        lambda skip: rb.Bottleneck(8, 16, 2, skip=skip),
+        lambda skip: rb.ResNeXtBlock(8, 64, cardinality=2, skip=skip),
+        lambda skip: rb.PreActBasicBlock(8, 16, 2, skip=skip),
+        lambda skip: rb.PreActBottleneck(8, 16, 2, skip=skip),
+        lambda skip: rb.WideBlock(8, 16, 2, skip=skip),
+        lambda skip: rb.DenseLayer(8, 16, skip=skip),
+        lambda skip: rb.DenseBlock(8, 16, growth_rate=8, skip=skip),
+        lambda skip: plain_net(skip=skip),
+        lambda skip: DenseNet(4, (2,), stem="cifar", num_classes=2, skip=skip),
+    ],
+)
+def test_skip_of_a_constructor_is_true_or_false(build, skip):
+    with pytest.raises(ValueError, match=f"^skip must be True or False, got {re.escape(repr(skip))}"):
+        build(skip)
+
+
+@pytest.mark.parametrize("name", ["preact", "branch", "shortcut"])
+def test_part_that_begins_in_place_raises(name):
+    part = nn.Sequential(nn.Sequential(nn.ReLU(inplace=True)), nn.Linear(4, 4))
+    parts = {"branch": nn.Linear(4, 4)} | {name: part}
+    with pytest.raises(ValueError, match=rf"{name} must not begin in place.*ReLU\(inplace=True\)"):
+        Residual(**parts)
+
+
+def test_layout_of_the_sum_does_not_depend_on_who_looks_on():
+    block = BasicBlock(4, 4, dims=3, dtype=torch.float64)
+    x = image(4, 6, dims=3).double().contiguous(memory_format=torch.channels_last_3d)
+    unseen = block(x)
+    block.merge.register_forward_hook(lambda *_: None)
+    assert block(x).stride() == unseen.stride()

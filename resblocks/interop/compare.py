@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
 from resblocks.interop.weights import find_names
+from resblocks.undisturbed import restored, unwrapped
 
 
 def differences(net: nn.Module, model: nn.Module, x: Tensor) -> dict[str, float]:
     """How far our net and a model with the same weights are apart, each as norm of the difference over the norm.
 
-    The gradients are those of a random weighted sum of the logits, in training mode. Weights, statistics and modes
-    of both are afterwards what they were.
+    The gradients are those of a random weighted sum of the logits, in training mode, of frozen parameters too. Weights,
+    statistics and modes of both are afterwards what they were.
 
     Args:
         net: our net, loaded from the model.
@@ -23,18 +21,20 @@ def differences(net: nn.Module, model: nn.Module, x: Tensor) -> dict[str, float]
         x: an input of both.
 
     Returns:
-        "logits" in evaluation mode, "train_logits" in training mode, "gradients" the largest of all weights, and
-        "input_gradient".
+        "logits" in evaluation mode, "train_logits" in training mode, "gradients" the largest of all weights that are
+        parameters of both, and "input_gradient".
     """
+    net, model = unwrapped(net), unwrapped(model)
     theirs = find_names(net, model.state_dict(), None).theirs
-    with _unchanged(net), _unchanged(model), torch.no_grad():
+    with restored(net), restored(model), torch.no_grad():
         logits = [module.eval()(x) for module in (net, model)]
     ours = _gradients(net, x)
     others = _gradients(model, x)
+    shared = [key for key, _ in net.named_parameters() if theirs[key] in others]
     return {
         "logits": _apart(*logits),
         "train_logits": _apart(ours["logits"], others["logits"]),
-        "gradients": largest([_apart(ours[key], others[theirs[key]]) for key, _ in net.named_parameters()]),
+        "gradients": largest([_apart(ours[key], others[theirs[key]]) for key in shared]),
         "input_gradient": _apart(ours["input"], others["input"]),
     }
 
@@ -47,27 +47,20 @@ def largest(values: list[float]) -> float:
 def _gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     leaf = x.detach().clone().requires_grad_()
     names, weights = zip(*module.named_parameters(), strict=True)
-    with _unchanged(module):
-        logits = module.train()(leaf)
-        direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-        found = torch.autograd.grad(logits, [leaf, *weights], direction)
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    try:
+        with restored(module):
+            for weight in frozen:
+                weight.requires_grad_()
+            logits = module.train()(leaf)
+            direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+            found = torch.autograd.grad(logits, [leaf, *weights], direction)
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
     return {"logits": logits.detach(), **dict(zip(("input", *names), found, strict=True))}
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> float:
     difference = (ours - theirs.reshape(ours.shape)).norm() / theirs.norm().clamp_min(torch.finfo(theirs.dtype).tiny)
     return float(difference)
-
-
-@contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    modes = [(child, child.training) for child in module.modules()]
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)

@@ -18,15 +18,16 @@ def save_pretrained(net: Network, folder: str | Path, **options: Any) -> None:
     """Write model.safetensors, config.json and a model card into a folder.
 
     Args:
-        net: whose constructor's arguments have importable names.
+        net: whose constructor's arguments have importable names, and which is as the constructor made it.
         folder: made if it is not there.
         options: of `huggingface_hub.PyTorchModelHubMixin.save_pretrained`: repo_id, push_to_hub, ...
 
     Raises:
-        ValueError: an argument without an importable name.
+        ValueError: a net without a config, as `net.config` says: fused, frozen, switched, ...
         ModuleNotFoundError: huggingface_hub is not installed.
     """
-    _hub_net()(**net.config, module=net).save_pretrained(folder, config=net.config, **options)
+    config = net.config
+    _hub_net()(**config, module=net).save_pretrained(folder, config=config, **options)
 
 
 def push_to_hub(net: Network, repo_id: str, **options: Any) -> str:
@@ -35,8 +36,11 @@ def push_to_hub(net: Network, repo_id: str, **options: Any) -> str:
     Args:
         repo_id: "user/name".
         options: of `huggingface_hub.PyTorchModelHubMixin.push_to_hub`: private, token, commit_message, ...
+
+    Raises: as `save_pretrained`.
     """
-    url: str = _hub_net()(**net.config, module=net).push_to_hub(repo_id, config=net.config, **options)
+    config = net.config
+    url: str = _hub_net()(**config, module=net).push_to_hub(repo_id, config=config, **options)
     return url
 
 

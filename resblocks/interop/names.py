@@ -12,16 +12,17 @@ from resblocks.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBot
 from resblocks.layers import ECA, SE, BlurPool, WSConv2d, group_norm, named
 from resblocks.models import BASIC, BOTTLENECK, MODELS
 from resblocks.nets import DenseNet, Network, ResNet
+from resblocks.options import Layers, with_layers
 
 Build = Callable[..., Network]
 
 # --- the parts in which timm's nets differ from the papers'
 
 
-def conv_pool(channels: int, stride: int) -> nn.Module:
+@with_layers
+def conv_pool(make: Layers, channels: int, stride: int) -> nn.Module:
     """A strided 3x3 convolution in place of the stem's pool (ResNet-RS, Bello et al. 2021)."""
-    conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
-    return named(conv=conv, norm=nn.BatchNorm2d(channels), act=nn.ReLU())
+    return named(conv=make.conv(channels, channels, 3, stride), norm=make.norm(channels), act=make.activation())
 
 
 def zero_border_pool(channels: int, stride: int) -> nn.Module:
@@ -44,12 +45,12 @@ def blurred_max_pool(channels: int, stride: int) -> nn.Module:
     return named(pool=nn.MaxPool2d(3, 1, padding=1), blur=blur(channels, stride))
 
 
-def strided_projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+@with_layers
+def strided_projection(make: Layers, in_channels: int, out_channels: int, stride: int) -> nn.Module:
     """Option B whose convolution keeps its stride in a net that reduces the resolution by pools elsewhere."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-    return named(conv=conv, norm=nn.BatchNorm2d(out_channels))
+    return named(conv=make.conv(in_channels, out_channels, 1, stride), norm=make.norm(out_channels))
 
 
 # --- the words of the table
@@ -111,40 +112,31 @@ TORCHVISION: dict[str, Build] = {
 }
 
 TIMM: dict[str, Build] = {
+    **TORCHVISION,
     "resnet10t": basic(R10, **T),
     "resnet14t": deep(R10, **T),
-    "resnet18": basic(R18),
     "resnet18d": basic(R18, **D),
     "resnet26": deep(R26),
     "resnet26d": deep(R26, **D),
     "resnet26t": deep(R26, **T),
-    "resnet34": basic(R34),
     "resnet34d": basic(R34, **D),
-    "resnet50": deep(R50),
     "resnet50c": deep(R50, **C),
     "resnet50d": deep(R50, **D),
     "resnet50s": deep(R50, **S),
     "resnet50t": deep(R50, **T),
     "resnet50_gn": deep(R50, norm=GN),
-    "resnet101": deep(R101),
     "resnet101c": deep(R101, **C),
     "resnet101d": deep(R101, **D),
     "resnet101s": deep(R101, **S),
-    "resnet152": deep(R152),
     "resnet152c": deep(R152, **C),
     "resnet152d": deep(R152, **D),
     "resnet152s": deep(R152, **S),
     "resnet200": deep(R200),
     "resnet200d": deep(R200, **D),
-    "wide_resnet50_2": grouped(R50, 1, 128),
-    "wide_resnet101_2": grouped(R101, 1, 128),
-    "resnext50_32x4d": grouped(R50, 32, 4),
     "resnext50d_32x4d": grouped(R50, 32, 4, **D),
     "resnext101_32x4d": grouped(R101, 32, 4),
-    "resnext101_32x8d": grouped(R101, 32, 8),
     "resnext101_32x16d": grouped(R101, 32, 16),
     "resnext101_32x32d": grouped(R101, 32, 32),
-    "resnext101_64x4d": grouped(R101, 64, 4),
     "resnetrs50": deep(R50, **RS),
     "resnetrs101": deep(R101, **RS),
     "resnetrs152": deep(R152, **RS),
@@ -206,10 +198,6 @@ TIMM: dict[str, Build] = {
     "resnetv2_101x3_bit": deep2(R101, 3, **BIT),
     "resnetv2_152x2_bit": deep2(R152, 2, **BIT),
     "resnetv2_152x4_bit": deep2(R152, 4, **BIT),
-    "densenet121": partial(DenseNet, 32, (6, 12, 24, 16)),
-    "densenet161": partial(DenseNet, 48, (6, 12, 36, 24)),
-    "densenet169": partial(DenseNet, 32, (6, 12, 32, 32)),
-    "densenet201": partial(DenseNet, 32, (6, 12, 48, 32)),
     "densenet264d": partial(DenseNet, 48, (6, 12, 64, 48), stem="deep"),
     "densenetblur121d": partial(DenseNet, 32, (6, 12, 24, 16), stem="deep", stem_pool=blurred_max_pool),
 }

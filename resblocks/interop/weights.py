@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from resblocks.fused import FusedConv
 from resblocks.interop.words import (
     VOCABULARIES,
     Table,
@@ -21,6 +22,7 @@ from resblocks.interop.words import (
 )
 from resblocks.layers import _WeightStandardised as WeightStandardised
 from resblocks.nets import Network
+from resblocks.undisturbed import unwrapped
 
 Source = Mapping[str, Tensor] | nn.Module | str | Path
 Vocabulary = Literal["torchvision", "timm", "resblocks"]
@@ -54,7 +56,7 @@ def load(
     """Copy weights from elsewhere into one of our nets, all of them or none.
 
     Args:
-        net: one of our nets.
+        net: one of our nets, also inside `torch.compile` or a data-parallel wrapper, but not a fused one.
         source: a state dict, a model, or a file: .safetensors, or what `torch.save` wrote of a state dict, which is
             read with `weights_only=True`.
         vocabulary: whose names the source has; None finds out.
@@ -76,7 +78,9 @@ def load(
         >>> load(small, to_torchvision(other))
         []
     """
+    net = unwrapped(net)
     given = read_weights(source)
+    check_not_fused(net, given)
     names = find_names(net, given, vocabulary)
     ours, notes, faults = net.state_dict(), [], []
     first = next(iter(ours))
@@ -110,6 +114,13 @@ def load(
         raise ValueError("source must fit the net, nothing was loaded:\n  " + "\n  ".join(faults))
     net.load_state_dict(new)
     return notes
+
+
+def check_not_fused(net: nn.Module, given: Mapping[str, Tensor]) -> None:
+    """Raise if the net is fused, unless the weights are those of one fused alike."""
+    fused = any(isinstance(layer, FusedConv) for layer in net.modules())
+    if fused and given.keys() != net.state_dict().keys():
+        raise ValueError("net must not be fused, since it has taken its norms in: load into the net, then fuse it")
 
 
 def check_target(net: nn.Module, first: str, first_conv: str) -> None:
@@ -256,6 +267,7 @@ def fit_first_conv(kernel: Tensor, wanted: torch.Size, how: str) -> tuple[Tensor
 
 
 def _renamed(net: nn.Module, vocabulary: str) -> dict[str, Tensor]:
+    net = unwrapped(net)
     for table in VOCABULARIES[vocabulary]:
         theirs = key_map(net, table)
         if theirs:

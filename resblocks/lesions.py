@@ -1,0 +1,146 @@
+"""What a net loses with some of its blocks damaged (Veit et al. 2016, "Residual networks behave like ensembles")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from math import comb
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from resblocks.residual import Residual, Where, skips_off, some_residuals
+from resblocks.undisturbed import eager, hooked, restored
+
+Part: TypeAlias = Literal["branch", "skip"]
+Evaluate: TypeAlias = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """The metric of a net with one block damaged; `change` is relative to the intact net."""
+
+    name: str
+    metric: float
+    change: float
+
+
+@dataclass(frozen=True)
+class LesionStudy:
+    """What `lesion_study` returns: the metric of the intact net, and a lesion for each block."""
+
+    intact: float
+    lesions: tuple[Lesion, ...]
+
+
+def lesion_study(
+    net: nn.Module, evaluate: Evaluate, *, part: Part = "branch", where: Where | None = None
+) -> LesionStudy:
+    """Damage one block at a time and measure the net (Veit et al. 2016, section 4.1).
+
+    Blocks whose skip is off have no shortcut that could take the branch's place and are left out.
+
+    Args:
+        evaluate: returns the metric of the net that it is given, which is in eval mode, with gradients off.
+        part: "branch" puts zeros in the branch's place, which leaves the shortcut, as in the paper (after a `Concat`,
+            zeros instead of features; after `Gated` and `WeightedAdd`, the shortcut with its weight); "skip" switches
+            the shortcut off.
+        where: which blocks, as in `resblocks.set_skip`; None takes every block.
+
+    Raises:
+        ValueError: `part` is neither, no block is left to damage, or a skip cannot be switched.
+    """
+    blocks = _candidates(net, part, where)
+    with _evaluating(net):
+        intact = float(evaluate(net))
+        metrics = [_damaged_metric(net, evaluate, [block], part) for block in blocks.values()]
+    lesions = zip(blocks, metrics, strict=True)
+    return LesionStudy(intact, tuple(Lesion(name, metric, metric - intact) for name, metric in lesions))
+
+
+def lesion_curve(
+    net: nn.Module,
+    evaluate: Evaluate,
+    counts: Sequence[int] | None = None,
+    *,
+    trials: int = 10,
+    seed: int = 0,
+    part: Part = "branch",
+    where: Where | None = None,
+) -> dict[int, list[float]]:
+    """Damage several blocks at once, drawn at random, and measure the net (Veit et al. 2016, section 4.2, fig. 5a).
+
+    Args:
+        counts: how many blocks at once; None is 0, 1, 2, ... up to all of them.
+        trials: draws for each count, of which no two are alike as long as there are so many.
+        seed: of the draws; the same one draws the same blocks.
+        evaluate, part, where: as in `lesion_study`.
+
+    Returns:
+        The metrics of the trials for each count.
+
+    Raises:
+        ValueError: a count that the net has not so many blocks for, trials below 1; what `lesion_study` raises.
+    """
+    blocks = list(_candidates(net, part, where).values())
+    counts = range(len(blocks) + 1) if counts is None else counts
+    if trials < 1:
+        raise ValueError(f"trials must be at least 1, got {trials}")
+    if any(not 0 <= count <= len(blocks) for count in counts):
+        raise ValueError(f"counts must lie between 0 and the {len(blocks)} blocks that can be damaged, got {counts}")
+    generator = torch.Generator().manual_seed(seed)
+    with _evaluating(net):
+        return {
+            count: [
+                _damaged_metric(net, evaluate, [blocks[index] for index in chosen], part)
+                for chosen in _draws(len(blocks), count, trials, generator)
+            ]
+            for count in counts
+        }
+
+
+def _draws(blocks: int, count: int, trials: int, generator: torch.Generator) -> list[tuple[int, ...]]:
+    """Different choices of so many blocks: all of them where there are no more than trials, else random ones."""
+    if comb(blocks, count) <= trials:
+        return list(combinations(range(blocks), count))
+    drawn: set[tuple[int, ...]] = set()
+    while len(drawn) < trials:
+        drawn.add(tuple(sorted(torch.randperm(blocks, generator=generator)[:count].tolist())))
+    return sorted(drawn)
+
+
+def _candidates(net: nn.Module, part: Part, where: Where | None) -> dict[str, Residual]:
+    if part not in get_args(Part):
+        raise ValueError(f'part must be "branch" or "skip", got {part!r}')
+    blocks = {name: block for name, block in some_residuals(net, where).items() if block.skip}
+    if not blocks:
+        raise ValueError("where must choose at least one block whose skip is on, got none")
+    return blocks
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    with restored(net), eager(), torch.no_grad():
+        net.eval()
+        yield
+
+
+def _damaged_metric(net: nn.Module, evaluate: Evaluate, blocks: Sequence[Residual], part: Part) -> float:
+    if part == "skip" and blocks:
+        with skips_off(net, where=partial(_is_one, blocks)):
+            return float(evaluate(net))
+    silenced = [] if part == "skip" else blocks
+    with hooked([block.branch.register_forward_hook(_zeros) for block in silenced]):
+        return float(evaluate(net))
+
+
+def _is_one(wanted: Sequence[Residual], name: str, block: Residual) -> bool:
+    return any(block is one for one in wanted)
+
+
+def _zeros(module: nn.Module, args: object, y: Tensor) -> Tensor:
+    return torch.zeros_like(y)

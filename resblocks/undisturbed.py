@@ -1,0 +1,52 @@
+"""Looking at a net and leaving it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import cast
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+@contextmanager
+def hooked(handles: Sequence[RemovableHandle] | Iterator[RemovableHandle]) -> Iterator[None]:
+    """Keep hooks for a while; all of them are removed on every way out, an error while registering included."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def eager() -> AbstractContextManager[None]:
+    """Run compiled nets without their graphs, which know nothing of hooks that came later."""
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The net inside the wrappers of `torch.compile` and of data-parallel training."""
+    while isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or "_orig_mod" in net._modules:
+        net = cast(nn.Module, net._modules["_orig_mod" if "_orig_mod" in net._modules else "module"])
+    return net
+
+
+@contextmanager
+def restored(net: nn.Module) -> Iterator[None]:
+    """Put every module's training flag and every buffer's value back on leaving."""
+    training = {module: module.training for module in net.modules()}
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in training
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer.copy_(value))
