@@ -121,7 +121,7 @@ class _Pair:
 
     def __init__(self, norm: nn.Module, act: nn.Module, x: Tensor) -> None:
         self.norm, self.act, self.x = norm, act, x.detach()
-        self.as_then = AsThen((norm, act))
+        self.as_then = AsThen((norm, act), recorded=False)
         buffers = [] if _by_batch(norm) else list(norm.buffers())
         read = [self.x, *norm.parameters(), *act.parameters(), *buffers]
         self.read = [(tensor, tensor._version) for tensor in read]

@@ -23,10 +23,15 @@ class AsThen:
     Backward comes later: a switch may be back, a mode another, and `torch.func.functional_call` has taken its weights
     away again. What the modules change in their buffers, they change in copies, so nothing is counted a second time.
     It serves as often as there are backward passes.
+
+    Args:
+        recorded: whether autograd records the second run, which then has to keep as many tensors as the first; else
+            norms of the batch need no statistics at all.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.then = [(module, _state(module)) for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+    def __init__(self, modules: Iterable[nn.Module], *, recorded: bool) -> None:
+        plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        self.then = [(module, _state(module, recorded)) for module in plain]
         self.now: list[tuple[nn.Module, dict[str, Any]]] = []
 
     def __enter__(self) -> None:
@@ -41,12 +46,13 @@ class AsThen:
         self.now = []
 
 
-def _state(module: nn.Module) -> dict[str, Any]:
-    buffers = module._buffers
-    # In training torch's own norms write to their statistics, but do not read them.
+def _state(module: nn.Module, recorded: bool) -> dict[str, Any]:
+    buffers: dict[str, Tensor | None] = dict(module._buffers)
     if module.training and type(module) not in (*BATCH_NORMS, *INSTANCE_NORMS):
         buffers = _copied(buffers)
-    return {**module.__dict__, "_parameters": dict(module._parameters), "_buffers": dict(buffers)}
+    elif module.training and not recorded:  # torch's own norms write to their statistics then, and do not read them
+        buffers = dict.fromkeys(buffers)
+    return {**module.__dict__, "_parameters": dict(module._parameters), "_buffers": buffers}
 
 
 def _copied(buffers: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
@@ -76,4 +82,4 @@ def recompute(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> 
 
 
 def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), AsThen(module.modules())
+    return nullcontext(), AsThen(module.modules(), recorded=True)

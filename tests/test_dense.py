@@ -106,7 +106,7 @@ def test_channels_last_stays_and_changes_nothing(dims: int, memory: str) -> None
 @pytest.mark.parametrize("memory", LEANS)
 @pytest.mark.parametrize("size", [(6, 8), (7, 9)])
 def test_net_is_the_plain_net_with_its_transitions(size: tuple[int, int], memory: str) -> None:
-    net = make(DenseNet, 3, (2, 3), stem="cifar", num_classes=4, dilation=1, memory=memory)
+    net = make(DenseNet, 3, (2, 3), stem="cifar", num_classes=4, memory=memory)
     x = images(3)[..., :1, :1].expand(-1, -1, *size) + torch.randn(5, 3, *size, dtype=torch.float64)
     assert_like_plain(net, x)
     assert_like_plain(net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last))

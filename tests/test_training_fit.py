@@ -202,6 +202,13 @@ def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) ->
         pick_precision("half", cpu)
 
 
+@pytest.fixture
+def free_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own test tools forbid the process to set the flags of back ends."""
+    monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", True)
+
+
+@pytest.mark.usefixtures("free_flags")
 def test_gpu_of_a_run_is_the_current_one_until_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds, streams, events and graphs of torch are those of the current GPU, which is the first one by itself."""
     picked, entered = torch.device("cuda", 1), []
@@ -233,6 +240,7 @@ def test_gpu_of_a_run_is_the_current_one_until_its_end(tmp_path: Path, monkeypat
         tiny_fit(tmp_path, device="cuda:1", precision="auto")
 
 
+@pytest.mark.usefixtures("free_flags")
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_choice_of_convolutions_leaves_tf32_to_the_user(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cudnn = torch.backends.cudnn
