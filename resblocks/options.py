@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from difflib import get_close_matches
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from resblocks.layers import DropPath, Family, Layer, avg_pool, batch_norm, conv
 from resblocks.residual import Checkpoint
 
 POOLS = cast(tuple[type, ...], (*avg_pool, *max_pool))
-Made = TypeVar("Made", bound=Callable[..., nn.Module])
 
 
 class LayerOptions(TypedDict, total=False):
@@ -264,7 +263,7 @@ class BlockLayers(Layers):
         }
 
 
-def with_layers(make: Made) -> Made:
+def with_layers(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """Mark what makes a layer out of others: it is handed the `Layers` of the options first, and honours them so."""
     make.wants_layers = True  # type: ignore[attr-defined]
     return make

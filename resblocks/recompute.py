@@ -25,38 +25,54 @@ class AsThen:
     It serves as often as there are backward passes.
 
     Args:
-        recorded: whether autograd records the second run, which then has to keep as many tensors as the first; else
-            norms of the batch need no statistics at all.
+        recorded: whether autograd records the second run, which then has to keep as many tensors as the first.
     """
 
     def __init__(self, modules: Iterable[nn.Module], *, recorded: bool) -> None:
         plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
-        self.then = [(module, _state(module, recorded)) for module in plain]
+        self.then = [(module, _state(module)) for module in plain]
         self.now: list[tuple[nn.Module, dict[str, Any]]] = []
+        self.recorded = recorded
 
     def __enter__(self) -> None:
         self.now = [(module, module.__dict__) for module, _ in self.then]
         for module, state in self.then:
-            buffers = _copied(state["_buffers"]) if state["training"] else state["_buffers"]
-            module.__dict__ = {**state, "_buffers": buffers}
+            module.__dict__ = {**state, "_buffers": self.own(module, state)}
 
     def __exit__(self, *error: object) -> None:
         for module, state in self.now:
             module.__dict__ = state
         self.now = []
 
+    def own(self, module: nn.Module, state: dict[str, Any]) -> dict[str, Tensor | None]:
+        """Buffers that the module may write to."""
+        buffers: dict[str, Tensor | None] = state["_buffers"]
+        if not state["training"]:
+            return buffers
+        if not writes_only(module):
+            return _copied(buffers)
+        return {name: _scratch(buffer) if self.recorded else None for name, buffer in buffers.items()}
 
-def _state(module: nn.Module, recorded: bool) -> dict[str, Any]:
+
+def writes_only(module: nn.Module) -> bool:
+    """Whether the module does not read in training what it counts: torch's own norms take the batch's statistics."""
+    return type(module) in (*BATCH_NORMS, *INSTANCE_NORMS)
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
     buffers: dict[str, Tensor | None] = dict(module._buffers)
-    if module.training and type(module) not in (*BATCH_NORMS, *INSTANCE_NORMS):
+    if module.training and not writes_only(module):
         buffers = _copied(buffers)
-    elif module.training and not recorded:  # torch's own norms write to their statistics then, and do not read them
-        buffers = dict.fromkeys(buffers)
     return {**module.__dict__, "_parameters": dict(module._parameters), "_buffers": buffers}
 
 
 def _copied(buffers: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+
+
+def _scratch(buffer: Tensor | None) -> Tensor | None:
+    """Room for a statistic, none for a count."""
+    return torch.empty_like(buffer) if buffer is not None and buffer.is_floating_point() else None
 
 
 def recompute(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
