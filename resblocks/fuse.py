@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from resblocks.blocks import DenseBlock, Transition
 from resblocks.dense_plan import pool_commutes, window
 from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, FusedStage
-from resblocks.layers import DropPath, FrozenBatchNorm, avg_pool, batch_norm, convolution, running_affine
+from resblocks.layers import DropPath, FrozenBatchNorm, ZeroInit, avg_pool, batch_norm, convolution, running_affine
 from resblocks.layers import _WeightStandardised as WeightStandardised
 from resblocks.options import check_input_size, explained
 from resblocks.residual import Add, Concat, Residual, keeps_forward
@@ -153,7 +153,7 @@ class Fuser:
         """What stands for a module whose children are fused; one that somebody watches stays."""
         if is_watched(module):
             return module
-        if type(module) in (DropPath, nn.Dropout):
+        if type(module) in (DropPath, nn.Dropout, ZeroInit):
             return nn.Identity()
         if type(module) is nn.Sequential:
             return self.sequence(module)
@@ -186,7 +186,7 @@ def fused_sequence(sequence: nn.Sequential) -> nn.Sequential:
         elif isinstance(last, _ConvNd | FusedConv) and type(layer) is nn.ReLU:
             taken = FusedConv(last) if isinstance(last, _ConvNd) else last
             taken.relu, fused[-1], last = True, taken, None
-        elif not isinstance(layer, nn.Identity):
+        elif type(layer) is not nn.Identity:
             last = layer if is_fusible(layer) else None
             fused.add_module(name, layer)
     for index, layer in enumerate(fused):

@@ -93,7 +93,8 @@ class FusedConv(Frozen):
     def take_in(self, scale: Tensor, shift: Tensor) -> None:
         """Read z where `scale * z + shift` was read; the convolution must not pad."""
         weight = self.weight.detach()
-        bias = torch.einsum("oi...,i->o", weight, shift) + (0 if self.bias is None else self.bias)
+        moved = (weight * over_positions(shift, weight)).flatten(1).sum(1)  # not a product that autocast would round
+        bias = moved if self.bias is None else moved + self.bias
         self.weight = nn.Parameter(weight * over_positions(scale, weight), requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from math import gcd, log2
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from resblocks.init import branch_weights
 from resblocks.residual import fitting
+from resblocks.watched import is_watched
 
 # einops looks at the tensor it is given, which torch.fx cannot trace: its calls stay whole in the graph.
 torch.fx.wrap("rearrange")
@@ -160,11 +160,22 @@ class FrozenBatchNorm(nn.Module):
 
     @classmethod
     def from_norm(cls, norm: nn.modules.batchnorm._BatchNorm) -> FrozenBatchNorm:
-        """The frozen norm with the values of a batch norm; without statistics or affine those of an untrained one."""
+        """The frozen norm with the values of a batch norm; without statistics or affine those of an untrained one.
+
+        Raises:
+            ValueError: the norm does more than normalise, which would be lost: a forward of its own, or hooks.
+        """
+        if type(norm).forward not in FREEZABLE or is_watched(norm):
+            raise ValueError(
+                f"norm must be torch's and without hooks to be frozen, got {norm}, which does more than that"
+            )
         frozen = cls(norm.num_features, norm.eps)
-        reference = next(chain(norm.parameters(), norm.buffers()), frozen.weight)
+        values = {name: getattr(norm, name) for name in frozen._buffers}
+        reference = next((value for value in values.values() if value is not None), frozen.weight)
         frozen = frozen.to(device=reference.device, dtype=reference.dtype)
-        frozen.load_state_dict(norm.state_dict(), strict=False)
+        for name, value in values.items():  # by attribute: a parametrization or pruning computes them
+            if value is not None:
+                frozen._buffers[name] = value.detach().clone()
         return frozen
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,26 +185,29 @@ class FrozenBatchNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
+FREEZABLE = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
 def freeze_norm(net: nn.Module) -> nn.Module:
     """Replace every batch norm of the net by a `FrozenBatchNorm` of the same values, which `train()` does not wake.
 
     Weights and biases of the norms become buffers: make the optimizer afterwards.
 
     Raises:
-        ValueError: the net has no batch norm, or is one.
+        ValueError: the net has no batch norm, is one, or has one that does more than normalise.
     """
     if isinstance(net, nn.modules.batchnorm._BatchNorm):
         raise ValueError(f"net must hold the norms to freeze, got {net}: FrozenBatchNorm.from_norm freezes one alone")
     found = [
-        (parent, name, child)
+        (parent, name, FrozenBatchNorm.from_norm(child))
         for parent in net.modules()
         for name, child in parent._modules.items()  # named_children leaves repeated ones out
         if isinstance(child, nn.modules.batchnorm._BatchNorm)
     ]
     if not found:
         raise ValueError(f"net must have a batch norm to freeze, got {type(net).__name__} without any")
-    for parent, name, norm in found:
-        setattr(parent, name, FrozenBatchNorm.from_norm(norm))
+    for parent, name, frozen in found:
+        setattr(parent, name, frozen)
     return net
 
 
@@ -466,25 +480,17 @@ class BlurPool(nn.Module):
     Shape: (N, channels, L, ...) -> (N, channels, ceil(L / stride), ...).
     """
 
-    kernel: Tensor
-
     def __init__(self, channels: int, stride: int, dims: int = 2, border: str = "replicate") -> None:
         super().__init__()
         self.channels, self.stride, self.dims, self.border = channels, stride, dims, border
-        self.register_buffer("kernel", torch.empty((3,) * dims), persistent=False)
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Set the kernel: the outer product of (1, 2, 1) / 4 in each dimension."""
-        line = torch.tensor([0.25, 0.5, 0.25]).to(self.kernel)
+    def forward(self, x: Tensor) -> Tensor:
+        # Made anew, on the device of x: a constant kept as a buffer is lost where a net comes from the meta device.
+        line = nn.functional.pad(x.new_full((1,), 0.5), (1, 1), value=0.25)
         kernel = line
         for _ in range(self.dims - 1):
             kernel = kernel[..., None] * line
-        with torch.no_grad():
-            self.kernel.copy_(kernel)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.kernel.to(x.dtype).expand(self.channels, 1, *self.kernel.shape)
+        weight = kernel.expand(self.channels, 1, *[3] * self.dims)
         padded = nn.functional.pad(x, (1, 1) * self.dims, mode=self.border)
         conv = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self.dims - 1]
         return conv(padded, weight, stride=self.stride, groups=self.channels)

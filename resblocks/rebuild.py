@@ -72,11 +72,11 @@ class Rebuild:
     def activate(self, norm: nn.Module, act: nn.Module, x: Tensor, normed: Tensor) -> Tensor:
         """`act(normed)`, where normed is `norm(x)`."""
         pair = _Pair(norm, act, x)
-        self._register(pair, normed, type(act) is nn.ReLU)
+        self._register(pair, normed, pair.in_place)
         self._running = pair
         try:
             with saved_tensors_hooks(self._pack, _unpack):
-                out: Tensor = torch.relu_(normed) if type(act) is nn.ReLU else act(normed)
+                out: Tensor = torch.relu_(normed) if pair.in_place else act(normed)
         finally:
             self._running = None
         self._register(pair, out, True)
@@ -121,6 +121,8 @@ class _Pair:
 
     def __init__(self, norm: nn.Module, act: nn.Module, x: Tensor) -> None:
         self.norm, self.act, self.x = norm, act, x.detach()
+        # Torch's norms put out a new tensor and do not keep it; anyone's may do both.
+        self.in_place = type(act) is nn.ReLU and type(norm) in NORMS
         self.as_then = AsThen((norm, act), recorded=False)
         buffers = [] if _by_batch(norm) else list(norm.buffers())
         read = [self.x, *norm.parameters(), *act.parameters(), *buffers]
@@ -155,7 +157,7 @@ class _Pair:
         act: Any = self.act
         with torch.no_grad(), autocast, self.as_then:
             normed = type(norm).forward(norm, self.x)
-            if False not in self.expected and type(act) is nn.ReLU:
+            if False not in self.expected and self.in_place:
                 return {True: torch.relu_(normed)}
             return {False: normed, True: type(act).forward(act, normed)}
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from resblocks.watched import is_recorded
@@ -17,14 +20,20 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
-class AsThen:
-    """While it is entered, modules are what they were when it was made: weights, modes, switches.
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
-    Backward comes later: a switch may be back, a mode another, and `torch.func.functional_call` has taken its weights
-    away again. What the modules change in their buffers, they change in copies, so nothing is counted a second time.
-    It serves as often as there are backward passes.
+_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+
+
+class AsThen:
+    """While it is entered, modules are what they were when it was made: weights, modes, switches, hooks.
+
+    Backward comes later: a switch may be back, a mode another, a hook gone, and `torch.func.functional_call` has taken
+    its weights away again. What the modules change in their buffers, they change in copies, so nothing is counted a
+    second time. It serves as often as there are backward passes; those of several threads wait for each other.
 
     Args:
+        modules: a block and all in it, or its parts.
         recorded: whether autograd records the second run, which then has to keep as many tensors as the first.
     """
 
@@ -33,8 +42,10 @@ class AsThen:
         self.then = [(module, _state(module)) for module in plain]
         self.now: list[tuple[nn.Module, dict[str, Any]]] = []
         self.recorded = recorded
+        self.lock = _locks.setdefault(plain[0], RLock()) if plain else RLock()
 
     def __enter__(self) -> None:
+        self.lock.acquire()
         self.now = [(module, module.__dict__) for module, _ in self.then]
         for module, state in self.then:
             module.__dict__ = {**state, "_buffers": self.own(module, state)}
@@ -43,6 +54,7 @@ class AsThen:
         for module, state in self.now:
             module.__dict__ = state
         self.now = []
+        self.lock.release()
 
     def own(self, module: nn.Module, state: dict[str, Any]) -> dict[str, Tensor | None]:
         """Buffers that the module may write to."""
@@ -51,7 +63,13 @@ class AsThen:
             return buffers
         if not writes_only(module):
             return _copied(buffers)
-        return {name: _scratch(buffer) if self.recorded else None for name, buffer in buffers.items()}
+        return {name: self.scratch(buffer) if name in STATISTICS else buffer for name, buffer in buffers.items()}
+
+    def scratch(self, statistic: Tensor | None) -> Tensor | None:
+        """Room for a mean or a variance, none for a count."""
+        if statistic is None or not self.recorded or not statistic.is_floating_point():
+            return None
+        return torch.empty_like(statistic)
 
 
 def writes_only(module: nn.Module) -> bool:
@@ -60,19 +78,15 @@ def writes_only(module: nn.Module) -> bool:
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    buffers: dict[str, Tensor | None] = dict(module._buffers)
+    """The attributes of a module, its parameters, buffers, children and hooks each in a dictionary of their own."""
+    state = {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
     if module.training and not writes_only(module):
-        buffers = _copied(buffers)
-    return {**module.__dict__, "_parameters": dict(module._parameters), "_buffers": buffers}
+        state["_buffers"] = _copied(state["_buffers"])
+    return state
 
 
 def _copied(buffers: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
-
-
-def _scratch(buffer: Tensor | None) -> Tensor | None:
-    """Room for a statistic, none for a count."""
-    return torch.empty_like(buffer) if buffer is not None and buffer.is_floating_point() else None
 
 
 def recompute(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -80,10 +94,10 @@ def recompute(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> 
 
     Gradients, random masks and running statistics are those of the plain run: the second pass normalises by the
     statistics of the batch like the first, but counts them in no running mean (torch.utils.checkpoint alone updates
-    them twice, pytorch issue 96136). Hooks on the parts run in both passes. Function transforms and `make_fx`, which
-    checkpoints do not work under, run plainly.
+    them twice, pytorch issue 96136). The hooks that were on the parts in forward run in both passes. Function
+    transforms, forward-mode differentiation and `make_fx`, which checkpoints do not work under, run plainly.
     """
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return run(x)
     if torch.compiler.is_compiling():  # the compiler takes the updates of statistics out of what it computes twice
         out: Tensor = checkpoint(run, x, use_reentrant=False)

@@ -111,8 +111,9 @@ class Residual(nn.Module):
             if part is not None and not skip:
                 raise ValueError(f"{name} must be None with skip=False, which leaves nothing to merge, got {part}")
         for name, part in {"preact": preact, "branch": branch, "shortcut": shortcut}.items():
-            if getattr(first_layer(part), "inplace", False):
-                raise ValueError(f"{name} must not begin in place, as others read its input, got {first_layer(part)}")
+            layer = None if part is None else writes_over_input(part)
+            if layer is not None:
+                raise ValueError(f"{name} must not begin in place, as others read its input, got {layer}")
         self.preact = identity_if_none(preact)
         self.branch = branch
         self.shortcut = identity_if_none(shortcut) if skip else None
@@ -199,11 +200,18 @@ class Residual(nn.Module):
         return f"{type(self).__name__}({'; '.join(parts if self._skip else [*parts, 'skip=False'])})"
 
 
-def first_layer(part: nn.Module | None) -> nn.Module | None:
-    """What of a part reads its input, a sequence's first layer."""
-    while isinstance(part, nn.Sequential) and len(part):
-        part = part[0]
-    return part
+# What may return its input itself; dropouts do in evaluation.
+PASSES_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+def writes_over_input(part: nn.Module) -> nn.Module | None:
+    """The layer of a part that would change the input of the part, if there is one."""
+    for layer in part.modules():  # in the order in which they run, as far as the first that puts out a new tensor
+        if getattr(layer, "inplace", False):
+            return layer
+        if not isinstance(layer, nn.Sequential) and type(layer) not in PASSES_ON:
+            return None
+    return None
 
 
 def keeps_forward(block: Residual) -> bool:
@@ -344,7 +352,7 @@ def skips_off(net: nn.Module, where: Where | None = None) -> Iterator[list[str]]
         ...     [block.skip for block in net]
         [True, False]
     """
-    before = [(block, block.skip) for block in residuals(net, where).values()]
+    before = [(block, block.skip) for block in residuals(net).values()]  # not by `where`, which may draw lots
     try:
         yield set_skip(net, False, where)
     finally:

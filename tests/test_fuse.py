@@ -94,6 +94,17 @@ def test_fused_net_cannot_train():
         fast.train()
 
 
+def test_fused_under_autocast_is_what_it_is_without():
+    net = trained("densenet_40_12")
+    with torch.autocast("cpu", torch.bfloat16):
+        under = fuse(net)
+    torch.testing.assert_close(under.state_dict(), fuse(net).state_dict(), rtol=0, atol=0)
+
+
+def test_branches_that_start_at_zero_are_fused():
+    assert count(fuse(trained("resnet20", scale=rb.ZeroInit)), FusedResidual) == 9
+
+
 def test_folding_comes_before_the_cast():
     net = trained("resnet20").double()
     x = image(3, 16, batch=2)
@@ -135,6 +146,13 @@ class AlwaysDropout(nn.Dropout):
         return x * 2
 
 
+class Tripled(nn.Identity):
+    """Not what its parent is."""
+
+    def forward(self, x):
+        return x * 3
+
+
 class HalfBlock(rb.BasicBlock):
     """A block of a user with a forward of its own."""
 
@@ -164,6 +182,7 @@ def shared_branch(*, alone):
 @pytest.mark.parametrize("build", [
     lambda: nn.Sequential(nn.Conv2d(4, 4, 1), NormAndReLU(4), nn.Conv2d(4, 4, 1)),
     lambda: nn.Sequential(nn.Conv2d(4, 4, 1), AlwaysDropout()),
+    lambda: nn.Sequential(nn.Conv2d(4, 4, 1), Tripled(), nn.ReLU()),
     lambda: HalfBlock(4, 4),
     lambda: dense_block_of(HalfLayer),
     lambda: rb.Residual(nn.Sequential(nn.Conv2d(4, 4, 1)), drop_path=AlwaysDropout()),

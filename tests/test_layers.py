@@ -6,6 +6,7 @@ import pytest
 import timm.layers
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import resblocks as rb
 from tests.blocks import count, image
@@ -104,6 +105,47 @@ def test_freeze_norm_of_a_norm_alone_says_what_makes_one():
         ValueError, match=r"net must hold the norms to freeze, got BatchNorm2d\(3.*FrozenBatchNorm\.from"
     ):
         rb.freeze_norm(nn.BatchNorm2d(3))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_frozen_norm_of_a_parametrized_one_has_its_weight():
+    norm = trained_norm()
+    parametrize.register_parametrization(norm, "weight", Doubled())
+    x = image(5)
+    torch.testing.assert_close(rb.FrozenBatchNorm.from_norm(norm)(x), norm.eval()(x))
+
+
+class NormAndReLU(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def pruned_norm(channels):
+    return prune.l1_unstructured(nn.BatchNorm2d(channels), "weight", amount=0.5)
+
+
+@pytest.mark.parametrize("norm", [NormAndReLU, pruned_norm])
+def test_freeze_norm_of_more_than_a_norm_raises_and_changes_nothing(norm):
+    net = nn.Sequential(nn.BatchNorm2d(4), norm(4))
+    before = list(net)
+    with pytest.raises(ValueError, match="norm must be torch's and without hooks to be frozen"):
+        rb.freeze_norm(net)
+    assert list(net) == before
+
+
+@pytest.mark.parametrize("to_device", [lambda net: net.to_empty(device="cpu"), lambda net: net])
+def test_net_with_blur_from_the_meta_device_loads_a_state_dict(to_device):
+    net = rb.create_model("resnet20", downsample=rb.blur_downsample).eval()
+    with torch.device("meta"):
+        empty = rb.create_model("resnet20", downsample=rb.blur_downsample).eval()
+    loaded = to_device(empty)
+    loaded.load_state_dict(net.state_dict(), assign=True)
+    x = image(3, 16)
+    assert torch.equal(loaded(x), net(x))
 
 
 @pytest.mark.parametrize("channels", [8, 32, 64, 256, 2048])

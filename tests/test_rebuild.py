@@ -276,3 +276,32 @@ def test_rebuilt_step_is_the_same_under_ddp(tmp_path):
         assert_equal(step(kept, x), step(parallel, x))
     finally:
         dist.destroy_process_group()
+
+
+class TanhNorm(nn.Module):
+    """A norm whose backward reads what it put out."""
+
+    repeatable = True
+
+    def __init__(self, channels):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x):
+        return torch.tanh(x * self.scale)
+
+
+class NoNorm(TanhNorm):
+    """One that puts out its input."""
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("norm", [TanhNorm, NoNorm])
+@pytest.mark.parametrize("name", ["basic", "preact_basic"])
+def test_repeatable_norms_that_keep_or_pass_on_what_they_put_out_give_the_same(name, norm):
+    x = image(8)
+    before = x.clone()
+    assert_equal(*(step(block, x)[:2] for block in twins(name, norm=norm)))
+    assert torch.equal(x, before)

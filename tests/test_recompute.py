@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Thread
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
 
 from resblocks import BasicBlock, PreActBasicBlock, Residual, create_model, skips_off
 from resblocks.layers import group_norm, instance_norm
 from resblocks.rebuild import Rebuild, start_rebuild
+from resblocks.recompute import AsThen
 from resblocks.residual import Checkpoint
 
 both = pytest.mark.parametrize("checkpoint", [True, "norms"])
@@ -63,15 +66,82 @@ def test_weights_of_a_functional_call_are_those_of_forward(checkpoint):
     assert all(map(torch.equal, plain, saving))
 
 
+def conv_of_spectral_norm(checkpoint: Checkpoint) -> Residual:
+    torch.manual_seed(0)
+    layers = nn.Sequential(spectral_norm(nn.Conv2d(4, 4, 3, padding=1)), nn.BatchNorm2d(4), nn.ReLU())
+    return Residual(layers, checkpoint=checkpoint)
+
+
 @both
-def test_backward_twice_counts_once(checkpoint):
-    blocks = twins(lambda **options: BasicBlock(4, 4, **options), checkpoint)
+@pytest.mark.parametrize("make", [lambda **options: BasicBlock(4, 4, **options), conv_of_spectral_norm])
+def test_backward_twice_moves_statistics_and_other_buffers_once(make, checkpoint):
+    blocks = twins(make, checkpoint)
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     for block in blocks:
         loss = block(x).pow(2).sum()
         loss.backward(retain_graph=True)
         loss.backward()
     assert_same_step(*blocks)
+
+
+@both
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_are_those_of_forward(when, checkpoint):
+    blocks = twins(lambda **options: BasicBlock(4, 4, **options), checkpoint)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    for block in blocks:
+        if when == "before":
+            hook = block.branch.norm1.register_forward_hook(lambda norm, args, y: 2 * y)
+        loss = block(x).pow(2).sum()
+        if when == "before":
+            hook.remove()
+        else:
+            block.branch.norm1.register_forward_hook(lambda norm, args, y: 2 * y)
+        loss.backward()
+    assert_same_step(*blocks)
+
+
+@both
+def test_pruned_norm_gives_the_same(checkpoint):
+    def make(checkpoint: Checkpoint) -> nn.Module:
+        block = BasicBlock(4, 4, checkpoint=checkpoint)
+        prune.l1_unstructured(block.branch.norm1, "weight", amount=0.5)
+        return block
+
+    blocks = twins(make, checkpoint)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    for block in blocks:
+        block(x).pow(2).sum().backward()
+    assert_same_step(*blocks)
+
+
+def test_second_passes_of_threads_wait_for_each_other():
+    norm = nn.BatchNorm2d(4)
+    state, (first, second) = norm.__dict__, [AsThen([norm], recorded=True) for _ in range(2)]
+
+    def recompute_too() -> None:
+        with second:
+            pass
+
+    other = Thread(target=recompute_too)
+    with first:
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+    other.join()
+    assert norm.__dict__ is state
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # from inside forward mode
+@both
+def test_forward_mode_gives_the_same(checkpoint):
+    found = []
+    for block in twins(lambda **options: BasicBlock(4, 4, **options), checkpoint):
+        x, direction = torch.linspace(-1, 1, 400, dtype=torch.float64).view(2, 2, 4, 5, 5)
+        with forward_ad.dual_level():
+            y, tangent = forward_ad.unpack_dual(block(forward_ad.make_dual(x.requires_grad_(), direction)))
+        found.append((tangent.detach(), torch.autograd.grad(y.pow(2).sum(), x)[0]))
+    assert all(map(torch.equal, *found))
 
 
 def test_double_backward_through_a_recomputed_block_is_the_plain_one():
@@ -81,18 +151,6 @@ def test_double_backward_through_a_recomputed_block_is_the_plain_one():
         (first,) = torch.autograd.grad(block(x).pow(2).sum(), x, create_graph=True)
         found.append(torch.autograd.grad(first.pow(2).sum(), x)[0])
     assert torch.equal(*found)
-
-
-@both
-def test_other_state_than_statistics_moves_once(checkpoint):
-    layers = nn.Sequential(spectral_norm(nn.Conv2d(4, 4, 3, padding=1)), nn.BatchNorm2d(4), nn.ReLU())
-    blocks = twins(lambda **options: Residual(copy.deepcopy(layers), **options), checkpoint)
-    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    for block in blocks:
-        loss = block(x).pow(2).sum()
-        loss.backward(retain_graph=True)
-        loss.backward()
-    assert_same_step(*blocks)
 
 
 @both

@@ -1,5 +1,6 @@
 """The residual sentence, its merges and the skip switch."""
 
+import random
 import re
 
 import pytest
@@ -141,6 +142,13 @@ def test_compiling_changes_no_name():
     assert list(rb.residuals(torch.compile(net))) == names
 
 
+def test_skips_off_restores_blocks_that_are_drawn_by_lot():
+    net, draw = ResNet(BasicBlock, (4, 4), (4, 8), num_classes=2), random.Random(0)
+    with skips_off(net, where=lambda name, block: draw.random() < 0.5):
+        assert not all(block.skip for block in rb.residuals(net).values())
+    assert all(block.skip for block in rb.residuals(net).values())
+
+
 def test_skips_off_restores_on_exit_and_on_error():
     net = plain_net()
     net.stages[1][0].skip = False
@@ -260,9 +268,10 @@ def test_skip_of_a_constructor_is_true_or_false(build, skip):
         build(skip)
 
 
+@pytest.mark.parametrize("before", [nn.Sequential, nn.Identity, nn.Dropout])
 @pytest.mark.parametrize("name", ["preact", "branch", "shortcut"])
-def test_part_that_begins_in_place_raises(name):
-    part = nn.Sequential(nn.Sequential(nn.ReLU(inplace=True)), nn.Linear(4, 4))
+def test_part_that_begins_in_place_raises(name, before):
+    part = nn.Sequential(before(), nn.Sequential(nn.ReLU(inplace=True)), nn.Linear(4, 4))
     parts = {"branch": nn.Linear(4, 4)} | {name: part}
     with pytest.raises(ValueError, match=rf"{name} must not begin in place.*ReLU\(inplace=True\)"):
         Residual(**parts)
