@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = sweep.RUNS
 PUBLISHED = ROOT / "tests" / "expected" / "cifar10.json"
 FIGURES = ROOT / "docs" / "figures"
+# The options of a run that decide its time and rounding, as they are where a run does not say them.
+OPTIONS = {"channels_last": True, "small_maps": False, "compile": None, "graph": False, "deterministic": False}
 # What is shown of each programme, with what the picture says to those who do not see it.
 SHOWN = {
     "figure4_training_all": "Training accuracy and loss by epoch",
@@ -44,13 +46,31 @@ def read(programme: str) -> list[dict[str, Any]]:
 
 
 def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Runs that a table may compare: the same data, recipe, precision and device."""
+    """Runs that a table may compare: the same data, recipe, precision, device and options."""
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         dataset, recipe, precision = (run["settings"][name] for name in ("dataset", "recipe", "precision"))
-        key = json.dumps([dataset, whole_recipe(recipe), precision, run["environment"]["device"]], sort_keys=True)
-        found.setdefault(key, []).append(run)
+        data = [dataset.get(name) for name in ("name", "split", "sha256")]  # older runs say no more
+        key = [data, whole_recipe(recipe), precision, run["environment"]["device"], options(run)]
+        found.setdefault(json.dumps(key, sort_keys=True), []).append(run)
     return list(found.values())
+
+
+def options(run: dict[str, Any]) -> dict[str, Any]:
+    """What else decides the time and the rounding of a run."""
+    said = run["settings"] | run["environment"]
+    return {name: said.get(name, usual) for name, usual in OPTIONS.items()}
+
+
+def environments(group: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With what the runs were made, those that were resumed with each of what they were made with."""
+    return [made_with for run in group for made_with in (*run.get("earlier_environments", ()), run["environment"])]
+
+
+def short(commit: str | None) -> str:
+    """Nine digits of a commit, and whether files differed from it."""
+    digits, plus, changes = str(commit).partition("+")
+    return f"{digits[:9]}{plus}{changes}"
 
 
 def section(programme: str) -> str:
@@ -78,20 +98,23 @@ def tables(programme: str) -> str:
 
 def caption(group: list[dict[str, Any]]) -> str:
     """What all runs of a table have in common."""
-    settings, environment = group[0]["settings"], group[0]["environment"]
+    settings, made_with = group[0]["settings"], environments(group)
     recipe, seeds = settings["recipe"], sorted({run["settings"]["seed"] for run in group})
-    used = sorted({run["environment"]["threads"] * run["environment"]["processes"] for run in group})
+    used = sorted({one["threads"] * one["processes"] for one in made_with})
     threads = f"{' or '.join(map(str, used))} thread{'s' * (used != [1])}"
-    commits = sorted({str(run["environment"]["commit"])[:9] for run in group})
+    commits = sorted({short(one["commit"]) for one in made_with})
+    torches = sorted({one["versions"]["torch"] for one in made_with})
+    devices = dict.fromkeys(one["device"] for one in made_with)
     tta = "no test-time augmentation" if recipe["tta"] == "none" else f"test-time augmentation: {recipe['tta']}"
     usual = get_recipe(recipe["name"]).as_dict()
     said = ("name", "epochs", "batch_size", "tta")
     changed = [f"{name} {value}, " for name, value in recipe.items() if name not in said and value != usual[name]]
+    made_so = [f"{name} {value}, " for name, value in options(group[0]).items() if value != OPTIONS[name]]
     return (
         f"{settings['dataset']['name']}, {settings['dataset']['split']} set, recipe `{recipe['name']}` with "
         f"{recipe['epochs']} epochs of batch {recipe['batch_size']}, {''.join(changed)}{tta}, {settings['precision']}, "
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, last epoch; {environment['device']}, {threads}, "
-        f"torch {environment['versions']['torch']}, commit {', '.join(commits)}."
+        f"{''.join(made_so)}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, last epoch; "
+        f"{' and '.join(devices)}, {threads}, torch {' and '.join(torches)}, commit {', '.join(commits)}."
     )
 
 

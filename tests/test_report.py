@@ -113,6 +113,45 @@ def test_runs_of_different_recipes_are_in_different_tables(runs: Any) -> None:
     assert runs.drawn("tiny") == []
 
 
+@pytest.mark.parametrize(
+    ("where", "option", "value"),
+    [
+        ("settings", "channels_last", False),
+        ("settings", "small_maps", True),
+        ("environment", "compile", "default"),
+        ("environment", "graph", True),
+    ],
+)
+def test_runs_of_different_options_are_in_different_tables(runs: Any, where: str, option: str, value: object) -> None:
+    other = finished("resnet18_noskip", 0, 80.0)
+    other[where][option] = value
+    write(runs, finished("resnet18", 0, 90.0), other)
+    text = runs.tables("tiny")
+    assert text.count("| net |") == 2
+    assert text.count(f"bfloat16, {option} {value}, seed 0") == 1
+
+
+def test_older_run_that_says_less_shares_table_and_figures(runs: Any) -> None:
+    newer = finished("resnet18_noskip", 0, 80.0)
+    newer["settings"]["net"] = {"layers": "0123", "starting_weights": [1.5, 2.5]}
+    newer["settings"]["dataset"]["classes"] = ["cat", "dog"]
+    newer["settings"] |= {"channels_last": True}
+    newer["environment"] |= {"compile": None, "graph": False, "deterministic": False, "commit": "f" * 40}
+    write(runs, finished("resnet18", 0, 90.0), {**newer, "earlier_environments": []})
+    assert runs.tables("tiny").count("| net |") == 1
+    assert len(runs.draw("tiny")) == 3
+
+
+def test_caption_says_all_with_which_the_runs_were_made(runs: Any) -> None:
+    first, second = finished("resnet18", 0, 90.0), finished("resnet18_noskip", 0, 80.0)
+    second["environment"] |= {"commit": "f" * 40 + "+changes", "versions": {"torch": "2.14.1"}, "threads": 2}
+    earlier = {**first["environment"], "commit": "e" * 40}
+    write(runs, first, {**second, "earlier_environments": [earlier]})
+    assert "; cpu, 1 or 2 threads, torch 2.14.1 and 2.15.0, commit 012345678, eeeeeeeee, fffffffff+changes." in (
+        runs.tables("tiny")
+    )
+
+
 def test_figures_are_drawn_again_when_a_run_changes(runs: Any) -> None:
     write(runs, finished("resnet18", 0, 90.0), finished("resnet18_noskip", 0, 80.0))
     assert runs.update_figures(check=True) == ["figures of tiny"]

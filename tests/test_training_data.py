@@ -6,11 +6,15 @@ import hashlib
 import io
 import os
 import pickle
+import struct
 import sys
 import tarfile
 import time
+import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +70,24 @@ def test_archive_of_a_tree_equals_the_tree(suffix: str, mode: str, tmp_path: Pat
     tree = _write_tree(tmp_path / "pets")
     archive = _archive(tree, tmp_path / f"packed{suffix}", mode)
     assert load_folder(archive, cache_dir=tmp_path / "cache").key == load_folder(tree, cache_dir=tmp_path / "cache").key
+
+
+def test_of_a_file_replaced_in_an_archive_the_new_one_is_read(tmp_path: Path) -> None:
+    """`tar -r` and `tar -u` leave the old one where it was."""
+    tree = _write_tree(tmp_path / "pets")
+    archive, image = _archive(tree, tmp_path / "pets.tar", "w"), "train/cat/0001.png"
+    Image.new("RGB", (6, 8), (9, 9, 9)).save(tree / image)
+    with tarfile.open(archive, "a") as more:
+        more.add(tree / image, image)
+    assert load_folder(archive, cache_dir=tmp_path / "cache").key == load_folder(tree, cache_dir=tmp_path / "cache").key
+
+
+def test_cache_of_another_decoder_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, cache = _write_tree(tmp_path / "pets"), tmp_path / "cache"
+    key = load_folder(tree, cache_dir=cache).key
+    monkeypatch.setattr(sources, "_DECODER", sources._DECODER + 1)
+    monkeypatch.setattr(sources, "to_tensor", lambda image: torch.zeros(3, 8, 6, dtype=torch.uint8))
+    assert load_folder(tree, cache_dir=cache).key != key
 
 
 def test_cache_is_used_checked_and_follows_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +267,17 @@ def _deep_image(tree: Path) -> None:
     Image.new("I;16", (6, 8)).save(tree / "train" / "dog" / "0001.png")
 
 
+def _deep_colours(kind: int, channels: int, tree: Path) -> None:
+    """A PNG of 16 bits a channel, which Pillow reads but does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header, rows = struct.pack(">IIBBBBB", 6, 8, 16, kind, 0, 0, 0), bytes(8 * (1 + 6 * 2 * channels))
+    png = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tree / "train" / "dog" / "0001.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
+
+
 def _second_place(tree: Path) -> None:
     _write_tree(tree / "backup")
 
@@ -259,9 +292,14 @@ def _broken_image(tree: Path) -> None:
     [
         (_empty, "holds no images in train/<class>/ and test/<class>/: --data-dir needs"),
         (_one_class_less, "the classes of train/ and test/ differ: dog in only one of them"),
-        (_odd_size, r"all images must have one size, 0000.png is \(3, 8, 6\), 0001.png is \(3, 9, 9\)"),
+        (
+            _odd_size,
+            r"must have one size, test/cat/0000.png is \(3, 8, 6\), train/dog/0001.png is \(3, 9, 9\)",
+        ),
         (_broken_image, "dog/0001.png is not an image that can be used"),
         (_deep_image, "dog/0001.png is not an image that can be used .its pixels have more than 8 bits, mode I;16"),
+        (partial(_deep_colours, 2, 3), "dog/0001.png is not an image .*more than 8 bits, mode RGB;16B"),
+        (partial(_deep_colours, 4, 2), "dog/0001.png is not an image .*more than 8 bits, mode LA;16B"),
         (_second_place, r"holds train/ and test/ in more than one place \(., backup\)"),
     ],
 )
@@ -428,16 +466,15 @@ def test_validation_comes_out_of_the_training_images_only() -> None:
         ({"train_images": torch.zeros(4, 3, 2, 2)}, "train_images must be uint8"),
         ({"test_images": torch.zeros(4, 1, 2, 2, dtype=torch.uint8)}, "differ in shape"),
         ({"train_images": torch.zeros(0, 3, 2, 2, dtype=torch.uint8)}, "train_images must be uint8 of shape"),
+        ({"classes": (0, 1)}, r"classes must be distinct str, got \(0, 1\)"),
+        ({"classes": ("a", "a")}, r"classes must be distinct str, got \('a', 'a'\)"),
     ],
 )
-def test_dataset_that_does_not_fit_together_is_refused(change: dict[str, torch.Tensor], message: str) -> None:
+def test_dataset_that_does_not_fit_together_is_refused(change: dict[str, Any], message: str) -> None:
     images, labels = torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    fine = Dataset("x", ("a", "b"), images, labels, images, labels)
     with pytest.raises(ValueError, match=message):
-        Dataset(
-            "x",
-            ("a", "b"),
-            **{"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels, **change},
-        )
+        replace(fine, **change)
 
 
 def test_unknown_dataset_is_refused() -> None:

@@ -25,7 +25,7 @@ class Dataset:
     Shape: images (N, C, H, W) uint8; labels (N,) int64; mean, std (C,) of the training pixels in [0, 1].
 
     Raises:
-        ValueError: shapes or labels do not belong together.
+        ValueError: shapes, labels and classes do not belong together.
     """
 
     name: str  # what a result on it says, e.g. "CIFAR-10 (JPEG q75)"
@@ -37,6 +37,8 @@ class Dataset:
     split: str = "test"  # what the evaluation part is: test or validation
 
     def __post_init__(self) -> None:
+        if not all(isinstance(name, str) for name in self.classes) or len({*self.classes}) < len(self.classes):
+            raise ValueError(f"classes must be distinct str, got {self.classes}")
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
             if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:

@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import pickle
+import re
 import tarfile
 import time
 import warnings
@@ -26,6 +27,8 @@ from .extras import require
 from .files import _TEMPORARY, is_intact, sha256, write_digested
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+_PARTS = ("train", "test")
+_DECODER = 1  # to be raised where other images or pixels come out of the same files: what is cached is decoded again
 _DAMAGED = (tarfile.ReadError, EOFError, lzma.LZMAError, zlib.error, OSError)
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # train images and labels, test images and labels
 
@@ -188,7 +191,7 @@ def is_tree(path: Path) -> bool:
 def read_tree(path: Path, cache_dir: str | Path | None = None) -> Tree:
     """Decode train/<class>/* and test/<class>/*, or take what an earlier call decoded.
 
-    The cache is one safetensors file under the content's key, whole and with its SHA-256 or not there at all.
+    The cache is one safetensors file under the key of content and decoder, whole and with its SHA-256 or not there.
 
     Raises:
         RuntimeError: nothing there, damaged, or images and classes that do not belong together.
@@ -197,7 +200,8 @@ def read_tree(path: Path, cache_dir: str | Path | None = None) -> Tree:
         raise RuntimeError(
             f"{path} is neither a folder nor a tar archive: --data-dir needs train/<class>/ and test/<class>/ images"
         )
-    safetensors, name = require("safetensors.torch"), f"{stem(path)}-{_content_key(path)[:16]}.safetensors"
+    safetensors = require("safetensors.torch")
+    name = f"{stem(path)}-{_content_key(path)[:16]}-{_DECODER}.safetensors"
     try:
         cached = _cache_folder(cache_dir) / name
         is_there = cached.exists()
@@ -254,20 +258,18 @@ def _content_key(path: Path) -> str:
 
 
 def _decode(path: Path) -> Tree:
-    images: dict[str, list[tuple[str, str, Tensor]]] = {"train": [], "test": []}
-    encoding, roots, others = None, set(), []
+    images: dict[PurePosixPath, Tensor] = {}
+    encoding, others = None, []
     for name, data in members(path):
         # train/<class>/<image>, in the archive perhaps under a folder of its own
         if any(part.startswith(".") for part in name.parts):  # hidden, such as the ._1.jpg beside 1.jpg of macOS
             continue
-        if name.suffix.lower() not in _IMAGES or len(name.parts) < 3 or name.parts[-3] not in images:
-            others += [name] if images.keys() & {*name.parts[:-1]} else []
+        if name.suffix.lower() not in _IMAGES or len(name.parts) < 3 or name.parts[-3] not in _PARTS:
+            others += [name] if {*_PARTS} & {*name.parts[:-1]} else []
             continue
-        image = to_tensor(open_image(path / name, data))
+        images[name] = to_tensor(open_image(path / name, data))  # an archive may hold a name twice: the last counts
         encoding = encoding or _encoding(data)
-        roots.add(name.parts[:-3])
-        images[name.parts[-3]].append((name.parts[-2], name.name, image))
-    if len(roots) > 1:
+    if len(roots := {name.parts[:-3] for name in images}) > 1:
         where = ", ".join("/".join(root) or "." for root in sorted(roots))
         raise RuntimeError(
             f"{path} holds train/ and test/ in more than one place ({where}): give --data-dir one of them"
@@ -275,26 +277,24 @@ def _decode(path: Path) -> Tree:
     if others:
         left_out = f"{len(others)} files of {path} are left out, {others[0]} for instance"
         warnings.warn(f"{left_out}: no images {', '.join(_IMAGES)} in train/<class>/ or test/<class>/", stacklevel=2)
-    if encoding is None or not all(images.values()):
-        empty = " and ".join(f"{part}/<class>/" for part, found in images.items() if not found)
+    parts = {part: sorted(name for name in images if name.parts[-3] == part) for part in _PARTS}
+    if encoding is None or not all(parts.values()):
+        empty = " and ".join(f"{part}/<class>/" for part, names in parts.items() if not names)
         raise RuntimeError(f"{path} holds no images in {empty}: --data-dir needs train/<class>/ and test/<class>/")
-    classes = _same_classes(path, images)
-    if len({len(image) for part in images.values() for _, _, image in part}) > 1:  # grey images among coloured ones
-        images = {
-            part: [(label, name, image.expand(3, -1, -1)) for label, name, image in images[part]] for part in images
-        }
-    _same_shape(path, [(name, image) for part in images.values() for _, name, image in part])
-    train, test = (_stack_part(part, classes) for part in images.values())
+    classes = _same_classes(path, parts)
+    if len({len(image) for image in images.values()}) > 1:  # grey images among coloured ones
+        images = {name: image.expand(3, -1, -1) for name, image in images.items()}
+    _same_shape(path, images)
+    train, test = (_stack([images[name] for name in names], names, classes) for names in parts.values())
     return Tree(classes, encoding, (*train, *test))
 
 
-def _stack_part(part: list[tuple[str, str, Tensor]], classes: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    part.sort(key=lambda entry: entry[:2])  # archives keep any order
-    return torch.stack([image for _, _, image in part]), torch.tensor([classes.index(label) for label, _, _ in part])
+def _stack(images: list[Tensor], names: list[PurePosixPath], classes: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    return torch.stack(images), torch.tensor([classes.index(name.parts[-2]) for name in names])
 
 
-def _same_classes(path: Path, images: dict[str, list[tuple[str, str, Tensor]]]) -> tuple[str, ...]:
-    train, test = ({label for label, _, _ in part} for part in images.values())
+def _same_classes(path: Path, parts: dict[str, list[PurePosixPath]]) -> tuple[str, ...]:
+    train, test = ({name.parts[-2] for name in names} for names in parts.values())
     if train != test:
         raise RuntimeError(
             f"{path}: the classes of train/ and test/ differ: {', '.join(sorted(train ^ test))} in only one of them"
@@ -302,13 +302,12 @@ def _same_classes(path: Path, images: dict[str, list[tuple[str, str, Tensor]]]) 
     return tuple(sorted(train))
 
 
-def _same_shape(path: Path, images: list[tuple[str, Tensor]]) -> None:
-    for name, image in images:
-        if image.shape != images[0][1].shape:
-            first, shape = images[0][0], tuple(images[0][1].shape)
-            raise RuntimeError(
-                f"{path}: all images must have one size, {first} is {shape}, {name} is {tuple(image.shape)}"
-            )
+def _same_shape(path: Path, images: dict[PurePosixPath, Tensor]) -> None:
+    shapes = {name: tuple(image.shape) for name, image in images.items()}
+    first = next(iter(shapes))
+    for name, shape in shapes.items():
+        if shape != shapes[first]:
+            raise RuntimeError(f"{path}: all images must have one size, {first} is {shapes[first]}, {name} is {shape}")
 
 
 def open_image(name: Path, data: bytes) -> Any:
@@ -320,7 +319,6 @@ def open_image(name: Path, data: bytes) -> Any:
     pillow = require("PIL.Image", "pillow")
     try:
         with pillow.open(io.BytesIO(data)) as image:
-            image.load()
             return plain(image)
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise RuntimeError(f"{name} is not an image that can be used ({error}): get it again or remove it") from error
@@ -332,8 +330,11 @@ def plain(image: Any) -> Any:
     Raises:
         ValueError: it has more.
     """
-    if image.mode[0] in "IF":
-        raise ValueError(f"its pixels have more than 8 bits, mode {image.mode}")
+    # Of 16-bit colours the mode does not tell, and loading would cut them: how they are stored does.
+    stored = re.search(r"\w+;16[BLN]", str(getattr(image, "tile", "")))
+    if image.mode[0] in "IF" or stored:
+        raise ValueError(f"its pixels have more than 8 bits, mode {stored[0] if stored else image.mode}")
+    image.load()
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
