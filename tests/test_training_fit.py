@@ -346,6 +346,43 @@ def test_gradient_record_that_is_not_finite_is_null(monkeypatch: pytest.MonkeyPa
     assert net.training
 
 
+class _Keeping(nn.Module):
+    """Keeps its last output in training, a tensor of a graph, which Python cannot copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny_net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.net(x)
+        if self.training:
+            self.last = y
+        return y
+
+
+def test_net_that_keeps_its_output_has_gradients_to_record(tmp_path: Path) -> None:
+    assert len(tiny_fit(tmp_path, _Keeping()).gradients) == 3
+
+
+def test_look_at_the_gradients_leaves_the_net_alone() -> None:
+    loop = _loop(net := tiny_net().eval())
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    loop.gradient_layers()
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert all(weight.grad is None for weight in net.parameters())
+    assert not any(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_gradients_that_the_caller_left_do_not_count(gradients: bool, tmp_path: Path) -> None:
+    fresh, used = tiny_net(), tiny_net()
+    for weight in used.parameters():
+        weight.grad = torch.ones_like(weight)
+    for net, name in ((fresh, "fresh"), (used, "used")):
+        tiny_fit(tmp_path / name, net, gradients=gradients)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), used.parameters(), strict=True))
+
+
 def test_json_without_a_word_for_nan_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "file.json", {"loss": math.nan})
@@ -581,10 +618,18 @@ def test_net_is_in_evaluation_mode_after_a_run_and_after_the_same_call(tmp_path:
         assert not any(module.training for module in net.modules())
 
 
-@pytest.mark.parametrize("option", ["checkpoint_steps", "checkpoint_seconds"])
-def test_negative_intervals_are_refused(option: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{option} must be at least 0, got -1"):
-        tiny_fit(tmp_path, **{option: -1})
+@pytest.mark.parametrize(
+    ("option", "value"), [("checkpoint_steps", -1), ("checkpoint_seconds", -1), ("checkpoint_seconds", math.nan)]
+)
+def test_intervals_below_zero_and_nan_are_refused(option: str, value: float, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be at least 0, got {value}"):
+        tiny_fit(tmp_path, **{option: value})
+
+
+@pytest.mark.parametrize("seed", [2**70, -(2**63) - 1])
+def test_seed_of_more_than_64_bits_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match=rf"seed must be at least -2\*\*63 and below 2\*\*64, got {seed}"):
+        build_net("resnet20", tiny_dataset(), seed)
 
 
 def test_commit_is_that_of_the_source_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -713,7 +758,7 @@ def test_example_under_torchrun(tmp_path: Path) -> None:
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(EXAMPLE), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.count("| resnet20") == 1  # the first process speaks
+    assert done.stdout.count("| ResNet-20") == 1  # the first process speaks
     assert json.loads((tmp_path / "results.json").read_text())["results"][0]["environment"]["processes"] == 2
 
 

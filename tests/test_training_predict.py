@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from training_workers import RECIPE, tiny_dataset, tiny_fit, tiny_net
 
 from resblocks import BasicBlock, ResNet, set_skip
@@ -72,6 +75,38 @@ def test_net_of_the_callers_own_takes_the_weights(tmp_path: Path) -> None:
     data = tiny_dataset()
     pixels = (data.test_images.float() / 255 - data.mean.view(3, 1, 1)) / data.std.view(3, 1, 1)
     torch.testing.assert_close(trained(data.test_images), net(pixels).softmax(1))
+
+
+class _Tied(nn.Module):
+    """One batch norm under two names, and one weight in two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.b.weight = self.a.weight
+        self.norm1 = self.norm2 = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm2(self.b(self.norm1(self.a(self.stem(x))).relu())).mean((2, 3)))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_net_that_shares_weights_is_saved_and_used(channels_last: bool, tmp_path: Path) -> None:
+    tiny_fit(tmp_path, net := _Tied(), channels_last=channels_last)
+    images = tiny_dataset().test_images
+    again = load_trained(tmp_path, _Tied())
+    torch.testing.assert_close(again(images), load_trained(tmp_path, net)(images))
+    assert all(torch.equal(a, b) for a, b in zip(again.net.parameters(), net.parameters(), strict=True))
+
+
+def test_option_that_json_cannot_say_costs_the_config_alone(tmp_path: Path) -> None:
+    net = ResNet(
+        BasicBlock, [1], [8], stem="cifar", stem_width=8, num_classes=3, activation=partial(nn.Hardtanh, 0.0, math.inf)
+    )
+    tiny_fit(tmp_path, net)
+    with pytest.raises(ValueError, match=r"net must be given: .*result.json holds no config"):
+        load_trained(tmp_path)
 
 
 def test_skips_that_were_switched_by_hand_are_not_forgotten(tmp_path: Path) -> None:

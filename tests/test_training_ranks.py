@@ -160,6 +160,33 @@ def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     assert "batch_size must be a multiple of the 2 processes, got 15" in error_of(tmp_path, 1)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("recipe", replace(workers.RECIPE, lr=0.5), "recipe.lr is 0.05 on process 0, 0.5 on 1"),
+        ("seed", 1, "seed is 0 on process 0, 1 on 1"),
+        ("evaluated", 39, "dataset.sha256 is "),
+        ("checkpoint_steps", 3, "checkpoint_steps is 2 on process 0, 3 on 1"),
+    ],
+)
+def test_ranks_with_other_settings_do_not_train_together(option: str, value: Any, said: str, tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.other_option_on_rank, (1, option, value)), ranks=2) == [1, 1]
+    for rank in (0, 1):
+        assert f"ValueError: settings must be the same on all processes ({said}" in error_of(tmp_path, rank)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_ranks_may_start_from_other_weights_which_the_first_gives_to_all(two: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.other_weights_on_rank, (1,)), ranks=2) == [0, 0]
+    assert weights_of(tmp_path) == weights_of(two)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 0.0, float("nan"), float("inf")])
+def test_silence_must_have_an_end(seconds: float) -> None:
+    with pytest.raises(ValueError, match=f"timeout_seconds must be positive and finite, got {seconds}"):
+        Ranks.from_env(seconds)
+
+
 def test_error_of_the_first_rank_reaches_all(tmp_path: Path) -> None:
     with workers.FolderLock(tmp_path):
         assert run(tmp_path, ranks=2) == [1, 1]

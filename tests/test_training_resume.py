@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import resource
 import signal
+import stat
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +24,7 @@ from training_workers import RECIPE, STEPS, error_of, run, tiny_fit, tiny_net, w
 from resblocks import BasicBlock, Network, ResNet, set_skip
 from resblocks.training import FolderLock, Result, load_checkpoint, load_weights, save_checkpoint
 from resblocks.training.checkpoint import digest_path, list_checkpoints
+from resblocks.training.files import write_atomic
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and resource limits of POSIX")
 
@@ -85,6 +92,7 @@ def test_signal_during_evaluation_is_heard_at_once(epoch: int, tmp_path: Path, u
 
 @pytest.mark.parametrize("content", ["{", "[1]", "null"])
 def test_damaged_settings_are_said(content: str, tmp_path: Path) -> None:
+    tiny_fit(tmp_path)
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"run.json is damaged"):
         tiny_fit(tmp_path)
@@ -141,7 +149,7 @@ def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_full_disk_keeps_what_was_there(unbroken: bytes, tmp_path: Path) -> None:
     assert run(tmp_path, (workers.kill_at_step, (7,))) == [-signal.SIGKILL]
     before = {path: path.read_bytes() for path in list_checkpoints(tmp_path)}
-    assert run(tmp_path, (workers.full_disk, (2000,))) == [1]
+    assert run(tmp_path, (workers.full_disk, (6000,))) == [1]
     message = error_of(tmp_path)
     assert "no checkpoint at step 8" in message
     assert "File too large" in message
@@ -212,9 +220,10 @@ def test_finished_run_is_read_and_not_run_again(tmp_path: Path, monkeypatch: pyt
     )
 
 
-def test_damaged_final_weights_are_made_again(unbroken: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["flipped bit", "no digest"])
+def test_damaged_final_weights_are_made_again(how: str, unbroken: bytes, tmp_path: Path) -> None:
     tiny_fit(tmp_path)
-    _damage(tmp_path / "weights.safetensors", "flipped bit")
+    _damage(tmp_path / "weights.safetensors", how)
     with pytest.raises(RuntimeError, match="damaged"):
         load_weights(tmp_path / "weights.safetensors", tiny_net())
     tiny_fit(tmp_path)
@@ -230,6 +239,7 @@ def test_damaged_final_weights_are_made_again(unbroken: bytes, tmp_path: Path) -
             "recipe.epochs is 2 there, 3 now",
         ),
         ({"name": "other"}, "net.name is 'tiny' there, 'other' now"),
+        ({"classes": ("b", "a", "c")}, r"dataset.classes is \['a', 'b', 'c'\] there, \['b', 'a', 'c'\] now"),
     ],
 )
 def test_folder_of_other_settings_is_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -280,6 +290,15 @@ def test_finished_run_from_another_start_is_refused(kind: str, message: str, tmp
     assert torch.equal(other[0].bias, before)
 
 
+def test_counts_of_batch_norm_do_not_hide_other_weights(tmp_path: Path) -> None:
+    nets = tiny_net(), _other_start("weights")
+    for net in nets:
+        net[1].num_batches_tracked.fill_(10**6)
+    tiny_fit(tmp_path, nets[0])
+    with pytest.raises(ValueError, match=r"net.starting_weights is \[.*\] there, \[.*\] now"):
+        tiny_fit(tmp_path, nets[1])
+
+
 def test_finished_run_is_given_to_a_start_that_was_rounded_otherwise(tmp_path: Path) -> None:
     """As weights of one seed are on another processor."""
     tiny_fit(tmp_path)
@@ -304,6 +323,36 @@ def test_run_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
     result = tiny_fit(tmp_path, _other_start("weights"))
     assert result.settings == json.loads((tmp_path / "run.json").read_text())
     assert weights_of(tmp_path) != b""
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint .* is damaged")
+def test_run_whose_checkpoints_are_damaged_starts_anew(tmp_path: Path) -> None:
+    assert run(tmp_path / "run", (workers.kill_at_step, (7,))) == [-signal.SIGKILL]
+    for checkpoint in list_checkpoints(tmp_path / "run"):
+        _damage(checkpoint, "flipped bit")
+    anew = tiny_fit(tmp_path / "run", _other_start("weights"))
+    other = tiny_fit(tmp_path / "other", _other_start("weights"))
+    assert anew.settings == other.settings == json.loads((tmp_path / "run" / "run.json").read_text())
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "other")
+
+
+def test_settings_that_fail_in_the_first_step_do_not_keep_the_folder(tmp_path: Path) -> None:
+    """An image of full size passes the net, the smaller ones of the training do not."""
+
+    def net() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 3))
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        tiny_fit(tmp_path, net(), recipe=replace(RECIPE, start_scale=0.5), gradients=False)
+    assert (tmp_path / "run.json").exists()
+    assert len(tiny_fit(tmp_path, net()).epochs) == 2
+
+
+def test_checkpoints_of_nobody_knows_whom_are_refused(tmp_path: Path) -> None:
+    tiny_fit(tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"holds a run but no run.json, so whose it is is not known"):
+        tiny_fit(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -374,6 +423,40 @@ def test_folder_on_a_file_system_without_locks_costs_a_warning(tmp_path: Path, m
         pass
 
 
+@contextlib.contextmanager
+def _no_file_beyond(limit: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["lock", "log.jsonl"])
+def test_disk_that_is_full_from_the_start_is_said(name: str, unbroken: bytes, tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.kill_at_step, (7,))) == [-signal.SIGKILL]
+    limit = 5 if name == "lock" else (tmp_path / name).stat().st_size
+    with _no_file_beyond(limit), pytest.raises(RuntimeError, match=f"could not write .*{name}: .*; free space there"):
+        tiny_fit(tmp_path)
+    tiny_fit(tmp_path)
+    assert weights_of(tmp_path) == unbroken
+
+
+@pytest.mark.parametrize(("number", "fine"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_file_system_that_cannot_sync_a_folder_will_do(
+    number: int, fine: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with contextlib.nullcontext() if fine else pytest.raises(RuntimeError, match="could not write"):
+        write_atomic(tmp_path / "file", "content")
+    assert (tmp_path / "file").read_text() == "content"
+
+
 def test_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RuntimeError, match="file cannot be an output folder: File exists"):
@@ -390,12 +473,51 @@ def test_gradients_are_recorded_without_a_trace_in_the_training(unbroken: bytes,
     assert all(layer["mean_abs"] > 0 for layer in recorded[0]["layers"])
 
 
+def test_result_says_all_that_a_run_was_made_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["resblocks.training.fit"]
+    for step, commit in ((3, "first"), (6, "first"), (8, "second")):
+        monkeypatch.setattr(module, "environment", lambda *args, commit=commit, **more: {"commit": commit})
+        with pytest.raises(SystemExit, match="143"):
+            _fit_with_fault(tmp_path, tiny_net(), "signal", step)
+    monkeypatch.setattr(module, "environment", lambda *args, **more: {"commit": "third"})
+    result = tiny_fit(tmp_path)
+    assert result.environment == {"commit": "third"}
+    assert result.earlier_environments == [{"commit": "first"}, {"commit": "second"}]
+    assert Result.read(tmp_path / "result.json") == result
+
+
 def test_log_tells_the_story(tmp_path: Path) -> None:
     assert run(tmp_path, (workers.kill_at_step, (7,))) == [-signal.SIGKILL]
     tiny_fit(tmp_path)
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["start", "epoch", "resume", "epoch", "end"]
     assert events[2]["step"] == 6
+
+
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_tensorboard_shows_every_epoch_once(
+    from_the_start: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is asked for in the middle of a run."""
+    shown: list[int] = []
+
+    class Writer:
+        def __init__(self, folder: Path, purge_step: int) -> None:
+            shown[:] = [step for step in shown if step < purge_step]  # the others are hidden
+
+        def add_scalar(self, key: str, value: float, step: int) -> None:
+            shown.extend([step] * (key == "eval_loss"))
+
+        def flush(self) -> None:
+            pass
+
+        close = flush
+
+    monkeypatch.setattr("resblocks.training.log.require", lambda *names: SimpleNamespace(SummaryWriter=Writer))
+    with pytest.raises(SystemExit, match="143"):
+        _fit_with_fault(tmp_path, tiny_net(), "signal", 6, tensorboard=from_the_start)
+    tiny_fit(tmp_path, tensorboard=True)
+    assert shown == [5, 10]
 
 
 def test_line_of_an_epoch_that_a_kill_kept_from_the_log_is_made_up_for(tmp_path: Path) -> None:

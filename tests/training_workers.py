@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,17 @@ def talking_net() -> nn.Module:
 
 
 def tiny_fit(
-    out: Path, net: nn.Module | None = None, recipe: Recipe = RECIPE, evaluated: int = 40, **options: Any
+    out: Path,
+    net: nn.Module | None = None,
+    recipe: Recipe = RECIPE,
+    evaluated: int = 40,
+    classes: tuple[str, ...] = ("a", "b", "c"),
+    **options: Any,
 ) -> Any:
     torch.set_num_threads(1)
     data = tiny_dataset()
-    data = replace(data, test_images=data.test_images[:evaluated], test_labels=data.test_labels[:evaluated])
+    images, labels = data.test_images[:evaluated], data.test_labels[:evaluated]
+    data = replace(data, classes=classes, test_images=images, test_labels=labels)
     usual = {"device": "cpu", "precision": "float32", "progress": False, "checkpoint_steps": 2, "name": "tiny"}
     return fit(net or tiny_net(), data, recipe, out=out, **{**usual, **options})
 
@@ -210,6 +217,19 @@ def bad_statistics_on_rank(rank: int) -> None:
     from resblocks.training.loop import Loop
 
     Loop.finite = lambda self: self.ranks.rank != rank  # type: ignore[method-assign]
+
+
+def other_option_on_rank(rank: int, option: str, value: Any) -> None:
+    """One node is started by another command, or has other data."""
+    if os.environ.get("RANK") == str(rank):
+        globals()["tiny_fit"] = partial(tiny_fit, **{option: value})
+
+
+def other_weights_on_rank(rank: int) -> None:
+    """One node's net was not seeded."""
+    if os.environ.get("RANK") == str(rank):
+        seeded = tiny_net
+        globals()["tiny_net"] = lambda: seeded().apply(lambda layer: getattr(layer, "reset_parameters", int)())
 
 
 def disk_of_its_own(folder: str) -> None:

@@ -25,6 +25,11 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("step*-epoch*.pt"))
 
 
+def has_checkpoint(folder: str | Path) -> bool:
+    """Whether there is one that a run can go on from."""
+    return any(is_intact(path) for path in reversed(list_checkpoints(folder)))
+
+
 def save_checkpoint(folder: str | Path, state: dict[str, Any], *, step: int, epochs_done: int) -> Path:
     """Write, read back, and only then delete what is older than the last two.
 
@@ -73,7 +78,10 @@ def load_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
 
 def save_weights(path: str | Path, net: torch.nn.Module) -> None:
     """The state dict as safetensors, with its SHA-256 beside it."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    plain = torch.contiguous_format
+    weights = {  # copies: the format has no word for two names of one tensor
+        name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in net.state_dict().items()
+    }
     write_digested(path, require("safetensors.torch").save(weights))
 
 
@@ -81,9 +89,9 @@ def load_weights(path: str | Path, net: torch.nn.Module) -> None:
     """Load what `save_weights` wrote, names and shapes all equal.
 
     Raises:
-        RuntimeError: the file does not agree with its SHA-256, or belongs to another net.
+        RuntimeError: the file does not agree with the SHA-256 beside it, or belongs to another net.
     """
     path = Path(path)
-    if digest_path(path).exists() and not is_intact(path):
-        raise RuntimeError(f"{path} does not agree with {digest_path(path).name}: it is damaged")
+    if not is_intact(path):
+        raise RuntimeError(f"{path} and {digest_path(path).name} must be there and agree: it is damaged or incomplete")
     net.load_state_dict(require("safetensors.torch").load_file(path))

@@ -16,7 +16,7 @@ import torch
 
 def environment(device: torch.device, ranks: int = 1, **more: Any) -> dict[str, Any]:
     """Plain data to be kept beside a result, with what else the caller wants to be said."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("resblocks", "torchvision", "numpy"):
         try:
             versions[package] = metadata.version(package)

@@ -42,8 +42,10 @@ def build_net(variant: str, dataset: Dataset, seed: int = 0) -> Network:
             batch norm in the baseline.
 
     Raises:
-        ValueError: no skips to take out; what `resblocks.create_model` raises.
+        ValueError: no skips to take out, a seed of more than 64 bits; what `resblocks.create_model` raises.
     """
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be at least -2**63 and below 2**64, got {seed}")
     options: dict[str, Any] = {"num_classes": len(dataset.classes), "in_channels": dataset.shape[0]}
     if max(dataset.shape[1:]) <= 64:
         options["stem"] = "cifar"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import socket
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TextIO
@@ -31,6 +33,17 @@ def _digest(file: BinaryIO) -> str:  # hashlib.file_digest would need Python 3.1
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what to do where the disk is full or not writable: a RuntimeError."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"could not write {path}: {error.strerror or error}; free space there or choose another folder"
+        ) from error
+
+
 def write_atomic(path: str | Path, data: bytes | memoryview | str) -> None:
     """Write so that a reader, or a reader after a crash, sees the old file or the new one and never a part.
 
@@ -42,20 +55,17 @@ def write_atomic(path: str | Path, data: bytes | memoryview | str) -> None:
     """
     path = Path(path)
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise RuntimeError(
-            f"could not write {path}: {error.strerror or error}; free space there or choose another folder"
-        ) from error
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)  # it has gone where the rename was reached
 
 
 def _sync_folder(folder: Path) -> None:
@@ -64,6 +74,9 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some shared file systems cannot do that for a folder
+            raise
     finally:
         os.close(descriptor)
 
@@ -151,13 +164,15 @@ class FolderLock:
         except OSError as error:  # some file systems of clusters have no locks
             warnings.warn(f"{self.path.parent} has no lock ({error}): no other run may use it", stacklevel=2)
         self._file = file
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with writing(self.path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
 
     def release(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is tried again
+                self._file.close()
             self._file = None
 
 

@@ -22,7 +22,7 @@ from .data import Dataset
 from .device import check_compile_mode, cudnn_search, current_device, pick_device, pick_precision
 from .environment import environment
 from .files import FolderLock, remove_leftovers, write_json
-from .folder import check_settings, claim, net_settings, read_finished
+from .folder import check_same, check_settings, claim, read_finished, run_settings
 from .log import RunLog
 from .loop import Loop
 from .predict import describe
@@ -80,7 +80,8 @@ def fit(
         checkpoint_steps: also after so many steps (0: only by time). checkpoint_seconds: also after so much time.
 
     Raises:
-        ValueError: settings that cannot work, a net that does not fit the data, or `out` holds a run of other settings.
+        ValueError: settings that cannot work or differ between processes, a net that does not fit the data, or `out`
+            holds a run of other settings.
         Diverged: loss, gradient, weights or evaluation became infinite or NaN; the last good checkpoint is kept.
         RuntimeError: missing device, folder in use, full disk, out of memory, silent rank.
         Interrupted: SIGTERM or Ctrl-C, after the step is done and saved (a SystemExit with status 143 or 130).
@@ -88,20 +89,14 @@ def fit(
     ranks, out = ranks or Ranks(), Path(out)
     check_compile_mode(compile_mode, compile)
     for option, value in {"checkpoint_steps": checkpoint_steps, "checkpoint_seconds": checkpoint_seconds}.items():
-        if value < 0:
+        if not value >= 0:  # nor NaN
             raise ValueError(f"{option} must be at least 0, got {value}")
     if not any(weight.requires_grad for weight in net.parameters()):
         raise ValueError("net must have a parameter to train, got none with requires_grad=True")
     picked = pick_device(device, ranks.local_rank)
     dtype = pick_precision(precision, picked)
-    settings = {
-        "net": net_settings(net, name),
-        "dataset": {"name": dataset.name, "split": dataset.split, "sha256": dataset.key},
-        "recipe": recipe.as_dict(),
-        "seed": seed,
-        "precision": str(dtype).removeprefix("torch."),
-        "channels_last": channels_last,
-    }
+    rounding = {"precision": str(dtype).removeprefix("torch."), "channels_last": channels_last}
+    settings = run_settings(net, name, dataset, recipe, seed=seed, **rounding)
     model = describe(net, dataset)
     if small_maps:  # it changes the rounding; without it, older folders stay those of the same run
         check_small_maps(picked, compile)
@@ -111,6 +106,7 @@ def fit(
         lock = FolderLock(out)
         stack.callback(lock.release)
         ranks.first(lock.acquire)
+        check_same(ranks.gather({**settings, "gradients": gradients, "checkpoint_steps": checkpoint_steps}))
         settings = ranks.first(lambda: check_settings(out, settings))
         if done := ranks.first(lambda: read_finished(out)):
             net.to(picked).eval()
@@ -135,7 +131,7 @@ def fit(
             graph=graph,
         )
         check_net(loop, dataset)
-        ranks.first(lambda: claim(out, settings))  # only now: settings that cannot work would keep the folder
+        ranks.first(lambda: claim(out, settings))
         params = sum(weight.numel() for weight in net.parameters())
         images = {"train": len(dataset.train_images), "eval": len(dataset.test_images)}
         options = {"compile": compile_mode if compile else None, "graph": graph, "deterministic": deterministic}
@@ -270,6 +266,7 @@ class _Run:
             "seconds": self.seconds,
             "epochs": self.result.epochs,
             "gradients": self.result.gradients,
+            "environments": [*self.result.earlier_environments, self.result.environment],
         }
         epochs_done = len(self.result.epochs)
         self.ranks.first(lambda: str(save_checkpoint(self.out, state, step=self.step, epochs_done=epochs_done)))
@@ -285,6 +282,8 @@ class _Run:
         self.loop.load(state)
         self.step, self.seconds = state["step"], state["seconds"]
         self.result.epochs, self.result.gradients = state["epochs"], state["gradients"]
+        now = self.result.environment
+        self.result.earlier_environments = [one for one in state["environments"] if one != now]
         self.log.catch_up(self.result.epochs)
         self.log.event("resume", step=self.step, checkpoint=path.name, environment=self.result.environment)
         self.log.say(f"{self.result.name}  goes on at step {self.step} of {self.loop.total_steps}")

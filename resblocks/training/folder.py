@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoint import list_checkpoints
+from .checkpoint import has_checkpoint, list_checkpoints
+from .data import Dataset
 from .extras import require
 from .files import is_intact, write_json
-from .recipe import whole_recipe
+from .recipe import Recipe, whole_recipe
 from .result import Result
 
 START = "net.starting_weights"
@@ -33,11 +34,13 @@ def layers(net: nn.Module) -> str:
 
 
 def weights(state: dict[str, Tensor]) -> list[float]:
-    """Sum and norm of all values of a state dict.
+    """Sum and norm of all values of a state dict but counts, which grow far beyond any weight.
 
     No digest of the bits: weights drawn from one seed may differ in the last digits from processor to processor.
     """
-    values = [tensor.detach().cpu().double().nan_to_num(0, 0, 0) for tensor in state.values()]
+    values = [
+        tensor.detach().cpu().double().nan_to_num(0, 0, 0) for tensor in state.values() if tensor.is_floating_point()
+    ]
     total = float(sum(tensor.sum() for tensor in values))
     return [total, math.hypot(*(float(tensor.norm()) for tensor in values))]
 
@@ -45,6 +48,12 @@ def weights(state: dict[str, Tensor]) -> list[float]:
 def are_same(weights: list[float], others: list[float]) -> bool:
     """Whether two of these are of the same weights, up to rounding; those of two seeds are about a norm apart."""
     return all(abs(one - other) <= 1e-4 * weights[1] for one, other in zip(weights, others, strict=True))
+
+
+def run_settings(net: nn.Module, name: str, dataset: Dataset, recipe: Recipe, **options: Any) -> dict[str, Any]:
+    """All that a run depends on, as plain data: what its folder is known by."""
+    data = {"name": dataset.name, "split": dataset.split, "sha256": dataset.key, "classes": list(dataset.classes)}
+    return {"net": net_settings(net, name), "dataset": data, "recipe": recipe.as_dict(), **options}
 
 
 def net_settings(net: nn.Module, name: str) -> dict[str, Any]:
@@ -55,35 +64,50 @@ def net_settings(net: nn.Module, name: str) -> dict[str, Any]:
     return settings | ({"frozen": frozen} if frozen else {})
 
 
+def check_same(given: list[dict[str, Any]]) -> None:
+    """Compare the settings of all processes: each node has a command line and a disk of its own.
+
+    The weights to start from may differ, as all processes get those of the first.
+
+    Raises:
+        ValueError: they differ.
+    """
+    first, *others = ({**_flat(settings), START: None} for settings in given)
+    for rank, other in enumerate(others, start=1):
+        if different := _different(first, other):
+            changes = "; ".join(
+                f"{key} is {first.get(key)!r} on process 0, {other.get(key)!r} on {rank}" for key in different
+            )
+            raise ValueError(
+                f"settings must be the same on all processes ({changes}): give all one command and the same data"
+            )
+
+
 def check_settings(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of the run that the folder holds, or those given where it holds none; nothing is written.
 
-    A stopped run goes on from its checkpoint, whatever weights it is given, so that a net that was not seeded is not
-    lost: then a warning says so. A finished run takes the weights that it started from, or those that it ended with.
+    A run without a checkpoint and a result has nothing to lose and does not keep the folder. A stopped run goes on from
+    its checkpoint, whatever weights it is given, so that a net that was not seeded is not lost: then a warning says so.
+    A finished run takes the weights that it started from, or those that it ended with.
 
     Raises:
         ValueError: the folder holds a run of other settings.
     """
     path = out / "run.json"
-    if not path.exists():
-        if list_checkpoints(out):
-            raise ValueError(
-                f"out: {out} holds checkpoints but no run.json, so whose they are is not known: choose another --out"
-            )
+    if not list_checkpoints(out) and not (out / "result.json").exists():
         return settings
+    if not path.exists():
+        raise ValueError(f"out: {out} holds a run but no run.json, so whose it is is not known: choose another --out")
     try:
         written = json.loads(path.read_text())
         if not isinstance(written, dict):
             raise ValueError("it holds no settings")
     except ValueError as error:
         raise ValueError(f"out: {path} is damaged ({error}): choose another --out, or remove {out}") from error
-    there, here = _flat(written), _flat(settings)
-    if START not in there:  # folders from before these were written
-        there |= {key: here[key] for key in (START, "net.frozen") if key in here}
-    there.setdefault("net.layers", here.get("net.layers"))
-    there = _flat({"recipe": whole_recipe({})}) | there
-    different = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    if START in different and START in there and are_same(there[START], here[START]):
+    here = _flat(settings)
+    there = _completed(_flat(written), here)
+    different = _different(there, here)
+    if START in different and are_same(there[START], here[START]):
         different.remove(START)
     if different == [START]:
         if read_finished(out) is None:
@@ -98,9 +122,15 @@ def check_settings(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _completed(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a folder, where it is from before some were written down with those that do not contradict."""
+    newer = ["net.layers", "dataset.classes", *([] if START in there else [START, "net.frozen"])]
+    return _flat({"recipe": whole_recipe({})}) | {key: here[key] for key in newer if key in here} | there
+
+
 def _goes_on(out: Path, there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
     """The settings of a stopped run that differ in the starting weights."""
-    if not list_checkpoints(out):
+    if not has_checkpoint(out):
         return here
     warnings.warn(f"{out} holds a run that started from other weights: it goes on with its own", stacklevel=2)
     return {**here, "net": there["net"]}
@@ -108,7 +138,7 @@ def _goes_on(out: Path, there: dict[str, Any], here: dict[str, Any]) -> dict[str
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings beside the run; one without a checkpoint starts anew, and so do they."""
-    if not list_checkpoints(out):
+    if not has_checkpoint(out):
         write_json(out / "run.json", settings)
 
 
@@ -117,6 +147,10 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat
+
+
+def _different(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [key for key in {**one, **other} if one.get(key) != other.get(key)]
 
 
 def read_finished(out: Path) -> Result | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .extras import require
+from .files import writing
 
 
 class RunLog:
@@ -22,8 +23,10 @@ class RunLog:
         self.active, self.name, self._path = active, name, folder / "log.jsonl"
         self._board: Any = None
         if active and tensorboard:  # first, since it may be missing
-            self._board = require("torch.utils.tensorboard", "tensorboard", "tensorboard").SummaryWriter(folder)
-        self._file = self._path.open("a") if active else None
+            board = require("torch.utils.tensorboard", "tensorboard", "tensorboard").SummaryWriter
+            self._board = board(folder, purge_step=0)  # hides what was there: `catch_up` writes all of it
+        with writing(self._path):
+            self._file = self._path.open("a") if active else None
         if self._file is not None and not _ends_in_newline(self._path):
             self._file.write("\n")  # a line that a kill tore does not take the next one with it
         self._talks = active and progress
@@ -33,15 +36,17 @@ class RunLog:
     def close(self) -> None:
         self._stop_bar()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is tried again
+                self._file.close()
         if self._board is not None:
             self._board.close()
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one JSON line; flushed at once, so that it outlives a kill of this process."""
         if self._file is not None:
-            self._file.write(json.dumps({"time": time.time(), "event": kind, **values}) + "\n")
-            self._file.flush()
+            with writing(self._path):
+                self._file.write(json.dumps({"time": time.time(), "event": kind, **values}) + "\n")
+                self._file.flush()
 
     def say(self, text: str) -> None:
         if self._talks and self._bar is not None:
@@ -77,7 +82,8 @@ class RunLog:
 
     def epoch(self, record: dict[str, Any], epochs: int, split: str, seconds_left: float) -> None:
         """One line and one event for a finished epoch."""
-        self._record(record)
+        self.event("epoch", **record)
+        self._draw(record)
         left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
         self.say(
             f"{self.name}  epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"
@@ -91,10 +97,11 @@ class RunLog:
         logged = _epochs_in(self._path) if self.active else set()
         for record in records if self.active else []:
             if record["epoch"] not in logged:
-                self._record(record)
+                self.event("epoch", **record)
+            self._draw(record)
 
-    def _record(self, record: dict[str, Any]) -> None:
-        self.event("epoch", **record)
+    def _draw(self, record: dict[str, Any]) -> None:
+        """In TensorBoard."""
         if self._board is not None:
             for key in (
                 "lr",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from resblocks.undisturbed import restored
 
 from .augment import augment, derive_seed, draw, draw_first_flips, normalise, resize
 from .data import Dataset
@@ -86,6 +87,7 @@ class Loop:
             weight_decay=recipe.weight_decay,
             fused=True,  # faster, and it can be told on the device to leave the weights alone
         )
+        self.optimizer.zero_grad(set_to_none=True)  # the first step would add its gradient to the caller's
         self.meter = Meter(device)
         self.graphed = GraphedStep(self.update, self._changing) if graph else None
 
@@ -185,22 +187,22 @@ class Loop:
         return logits.clone() if self.replays else logits
 
     def gradient_layers(self) -> list[dict[str, Any]]:
-        """The gradient of each convolution and linear weight, on fixed training images, in float32 and on a copy.
+        """The gradient of each convolution and linear weight, on fixed training images and in float32.
 
+        Modes, buffers and gradients are left as they were: no copy of the net, which may keep what cannot be copied.
         For all ranks to call together: layers such as SyncBatchNorm exchange statistics. None is what is not finite.
         """
         from resblocks.diagnostics import gradient_flow
 
-        net = copy.deepcopy(self.net).train()  # running statistics and gradients of the real one stay as they are
-        net.zero_grad(set_to_none=True)
         self.reseed(derive_seed("gradients", self.seed))
         rows = self.order(0)[:GRADIENT_IMAGES]  # shuffled: files come class by class
         images = normalise(self.images[rows], self.mean, self.std).contiguous(memory_format=self.memory_format)
-        F.cross_entropy(net(images), self.labels[rows], label_smoothing=self.recipe.label_smoothing).backward()
-        return [
-            {"name": row.name, "mean_abs": _finite(row.mean_abs), "norm": _finite(row.norm)}
-            for row in gradient_flow(net)
-        ]
+        with restored(self.net):
+            logits = self.net.train()(images)
+            F.cross_entropy(logits, self.labels[rows], label_smoothing=self.recipe.label_smoothing).backward()
+            flow = gradient_flow(self.net)
+        self.optimizer.zero_grad(set_to_none=True)
+        return [{"name": row.name, "mean_abs": _finite(row.mean_abs), "norm": _finite(row.norm)} for row in flow]
 
     def reseed(self, seed: int) -> None:
         """Seed the CPU and our device only: torch.manual_seed visits all back ends, which takes milliseconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ def describe(net: nn.Module, dataset: Dataset) -> dict[str, Any]:
     """What it takes to use the weights, as plain data; `config` is None where the net has none."""
     try:
         config = net.config if isinstance(net, Network) else None
-    except Exception:  # nameless arguments, a net changed after it was built, any error of a constructor of one's own
+        json.dumps(config, allow_nan=False)
+    except Exception:  # nameless or infinite arguments, a net changed after it was built, any constructor's own error
         config = None
     return {
         "config": config,

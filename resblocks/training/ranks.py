@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -33,7 +34,12 @@ class Ranks:
         """Join the process group that torchrun describes; without torchrun, this process alone.
 
         A rank that is silent for `timeout_seconds` ends the run on all others instead of hanging them for ever.
+
+        Raises:
+            ValueError: `timeout_seconds` is not positive and finite.
         """
+        if not 0 < timeout_seconds < math.inf:
+            raise ValueError(f"timeout_seconds must be positive and finite, got {timeout_seconds}")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
@@ -73,6 +79,13 @@ class Ranks:
         for tensor in tensors if self.on else []:
             if tensor.numel():
                 dist.broadcast(tensor, src=0)
+
+    def gather(self, value: T) -> list[T]:
+        """The plain value of each rank, given to all."""
+        values = [value] * self.size
+        if self.on:
+            dist.all_gather_object(values, value)
+        return values
 
     def is_no_answer(self, error: RuntimeError) -> bool:
         """True where torch says that another rank is gone or silent. Our own errors name folders, of any name."""

@@ -27,7 +27,8 @@ class Result:
     `epochs`: per epoch {epoch, step, lr, train_loss, train_accuracy_percent, eval_loss, eval_accuracy_percent,
     images_per_second, seconds, eval_seconds}. `gradients`: {epoch, layers: [{name, mean_abs, norm}, ...]}, epoch 0 is
     the net at its initialisation. `model`: what `load_trained` needs beside the weights, {config, classes, shape, mean,
-    std}; runs from before it was written have none.
+    std}; runs from before it was written have none. `earlier_environments`: those of the parts before a resume that
+    differ from `environment`, oldest first.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Result:
     epochs: list[dict[str, Any]] = field(default_factory=list)
     gradients: list[dict[str, Any]] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)
+    earlier_environments: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def accuracy_percent(self) -> float:
