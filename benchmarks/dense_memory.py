@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,16 +21,17 @@ from typing import Any
 
 import torch
 from live_bytes import check_the_counter, peak_of_step
-from peers import data, made_with, merged, timed_dtype
+from peers import apart, check_memory, data, made_with, merged, timed_dtype
 from timm.models.densenet import DenseNet as TimmDenseNet
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import profile
 from torchvision.models import DenseNet as TorchvisionDenseNet
-from turns import spread, take_turns
+from turns import against, take_turns
 
-from resblocks import DenseNet
+from resblocks import DenseNet, interop
 from resblocks.dense import CPU_CHUNK
+from resblocks.interop.weights import find_names
 from resblocks.models import cifar_densenet
 from resblocks.training.files import write_json
 
@@ -39,8 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "dense_memory_cpu_2026-11.json"
 FIGURE = ROOT / "docs" / "dense_memory_depth.png"
 BASELINE = "torchvision"
-CONTESTANTS = ("torchvision", "torchvision memory_efficient", "timm", "timm memory_efficient", "shared", "lean")
-TIMED = ("torchvision", "torchvision memory_efficient", "shared", "lean")
+OURS = ("shared", "lean")
+CONTESTANTS = ("torchvision", "torchvision memory_efficient", "timm", "timm memory_efficient", *OURS)
+TIMED = ("torchvision", "torchvision memory_efficient", *OURS)
 DEPTHS = (28, 52, 100, 196, 292, 388)
 MIB = 2**20
 
@@ -51,7 +52,7 @@ MIB = 2**20
 def small(contestant: str, depth: int = 100, device: str = "cpu") -> nn.Module:
     """DenseNet-BC of so many layers with growth rate 12, for CIFAR."""
     layers = ((depth - 4) // 6,) * 3
-    if contestant in ("shared", "lean"):
+    if contestant in OURS:
         return cifar_densenet(depth, 12, memory=contestant, device=device)
     with torch.device(device):
         net = theirs(contestant, growth_rate=12, block_config=layers, num_classes=10)
@@ -64,7 +65,7 @@ def small(contestant: str, depth: int = 100, device: str = "cpu") -> nn.Module:
 
 def densenet121(contestant: str, device: str = "cpu") -> nn.Module:
     """The ImageNet net."""
-    if contestant in ("shared", "lean"):
+    if contestant in OURS:
         return DenseNet(memory=contestant, device=device)
     with torch.device(device):
         return theirs(contestant, growth_rate=32, block_config=(6, 12, 24, 16))
@@ -78,28 +79,14 @@ def theirs(contestant: str, growth_rate: int, **options: Any) -> Any:
     return build(growth_rate=growth_rate, memory_efficient=mode == "memory_efficient", **options)
 
 
-def our_name(key: str) -> str:
-    """Our name of a tensor of torchvision's or timm's."""
-    block = re.fullmatch(r"features\.denseblock(\d+)\.denselayer(\d+)\.(.+)", key)
-    if block:
-        return f"stages.{int(block[1]) - 1}.block.layer{block[2]}.branch.{block[3]}"
-    key = re.sub(r"^features\.transition(\d+)", r"stages.\1.transition", key)
-    for old, new in {
-        "features.conv0": "stem.conv",
-        "features.norm0": "stem.norm",
-        "features.norm5": "final.norm",
-    }.items():
-        key = key.replace(old, new)
-    return key.replace("classifier", "head")
-
-
 def with_same_weights(build: Callable[[str], nn.Module], contestants: tuple[str, ...]) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     nets = {contestant: build(contestant) for contestant in contestants}
-    weights = nets[BASELINE].state_dict()
     for contestant, net in nets.items():
-        ours = contestant in ("shared", "lean")
-        net.load_state_dict({our_name(key): value for key, value in weights.items()} if ours else weights)
+        if contestant in OURS:
+            interop.load(net, nets[BASELINE])
+        else:
+            net.load_state_dict(nets[BASELINE].state_dict())
     return nets
 
 
@@ -113,10 +100,10 @@ def gates(nets: dict[str, nn.Module], batch: int, size: int) -> dict[str, Any]:
         net = copy.deepcopy(net).double()
         x, labels = data(batch, size, dtype=torch.float64)
         functional.cross_entropy(net(x), labels).backward()
-        rename = (lambda key: key) if contestant in ("shared", "lean") else our_name
+        theirs = find_names(net, nets[BASELINE].state_dict(), "torchvision").theirs if contestant in OURS else {}
         found[contestant] = (
-            {rename(name): weight.grad for name, weight in net.named_parameters()},
-            {rename(name): buffer for name, buffer in net.named_buffers()},
+            {theirs.get(name, name): weight.grad for name, weight in net.named_parameters()},
+            {theirs.get(name, name): buffer for name, buffer in net.named_buffers()},
         )
     rows = {}
     for contestant, (grads, buffers) in found.items():
@@ -129,10 +116,6 @@ def gates(nets: dict[str, nn.Module], batch: int, size: int) -> dict[str, Any]:
         }
         rows[contestant] = {**row, "passes": row["gradients"] < 1e-6 and row["buffers"] < 1e-9 and counts == {1}}
     return rows
-
-
-def apart(tensor: Tensor, truth: Tensor) -> float:
-    return float((tensor - truth).norm() / truth.norm())
 
 
 # --- memory
@@ -186,10 +169,9 @@ def memory_on_the_cpu() -> dict[str, Any]:
 
 
 def depth_curve() -> dict[str, Any]:
-    names = ("torchvision", "torchvision memory_efficient", "shared", "lean")
     return {
         str(depth): {
-            name: count(lambda name, device, depth=depth: small(name, depth, device), name, 64, 32) for name in names
+            name: count(lambda name, device, depth=depth: small(name, depth, device), name, 64, 32) for name in TIMED
         }
         for depth in DEPTHS
     }
@@ -207,15 +189,8 @@ def times(
     x, labels = data(batch, size)
     x = x.contiguous(memory_format=order)
     seconds = take_turns({name: partial(step, net, x, labels, dtype) for name, net in nets.items()}, repeats)
-    rows = {
-        name: {
-            "cpu_seconds": [round(second, 4) for second in row],
-            **spread([own / base for own, base in zip(row, seconds[BASELINE], strict=True)], "ratio"),
-        }
-        for name, row in seconds.items()
-    }
     said = {"batch": batch, "size": size, "layout": layout, "dtype": str(dtype).removeprefix("torch.")}
-    return {**said, "rows": rows, "environment": made_with()}
+    return {**said, "rows": against(seconds, BASELINE), "environment": made_with()}
 
 
 def step(net: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
@@ -272,20 +247,6 @@ def draw(depths: dict[str, Any], path: Path) -> None:
 # --- the command
 
 
-def check(path: Path) -> None:
-    """Raise where the memory figures of the file are not those of this source."""
-    kept, now = json.loads(path.read_text(encoding="utf-8"))["memory"], memory()
-    if kept != now:
-        wrong = [
-            f"{net} {name}: {now[net][name]}, was {kept[net][name]}"
-            for net in now
-            for name in now[net]
-            if now[net][name] != kept[net][name]
-        ]
-        raise SystemExit("memory differs from " + path.name + ":\n" + "\n".join(wrong))
-    print(f"the memory figures of {path.name} are those of this source")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare the memory figures with the file's")
@@ -297,7 +258,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dtype = timed_dtype(args.dtype)
     if args.check:
-        check(args.out)
+        check_memory(args.out, memory())
         return
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "gates": lambda: {"gates": gates(with_same_weights(small, CONTESTANTS), 8, 32)},

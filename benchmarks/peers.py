@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,26 @@ def setting(case: dict[str, Any]) -> str:
     """What was measured and on which device, without what was found."""
     said = {key: value for key, value in case.items() if key not in ("rows", "environment")}
     return json.dumps([said, case["environment"]["device"]], sort_keys=True)
+
+
+def apart(tensor: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return float((tensor - truth).norm() / truth.norm())
+
+
+def check_memory(path: Path, now: dict[str, dict[str, Any]]) -> None:
+    """Raise where the memory figures of the file are not those of this source, peers aside that are not installed."""
+    kept = json.loads(path.read_text(encoding="utf-8"))["memory"]
+    missing = [package for package in OPTIONAL if not is_installed(package)]
+    wrong = [
+        f"{net} {name}: {now.get(net, {}).get(name)}, was {kept.get(net, {}).get(name)}"
+        for net in {**now, **kept}
+        for name in {**now.get(net, {}), **kept.get(net, {})}
+        if now.get(net, {}).get(name) != kept.get(net, {}).get(name) and name.partition(" ")[0] not in missing
+    ]
+    if wrong:
+        raise SystemExit(f"memory differs from {path.name}:\n" + "\n".join(wrong))
+    print(f"the memory figures of {path.name} are those of this source")
 
 
 def conditions(case: dict[str, Any], *names: str) -> str:

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from live_bytes import LiveBytes, check_the_counter, peak_of_step
-from peers import data, is_installed, made_with, merged, same_weights, timed_dtype
+from peers import apart, check_memory, data, is_installed, made_with, merged, same_weights, timed_dtype
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
-from turns import spread, take_turns
+from turns import against, take_turns
 
 from resblocks import create_model, interop
 from resblocks.models import wide_resnet
@@ -186,10 +186,6 @@ def gate(grads: list[Any], buffers: list[Tensor], true_grads: list[Any], true_bu
     return {**row, "passes": passes}
 
 
-def apart(tensor: Tensor, truth: Tensor) -> float:
-    return float((tensor - truth).norm() / truth.norm())
-
-
 # --- memory
 
 
@@ -253,20 +249,6 @@ def all_memory() -> dict[str, Any]:
     return {name: memory(name) for name in CASES}
 
 
-def check(path: Path) -> None:
-    """Raise where the memory figures of the file are not those of this source."""
-    kept, now = json.loads(path.read_text(encoding="utf-8"))["memory"], all_memory()
-    wrong = [
-        f"{net} {name}: {now[net].get(name)}, was {kept.get(net, {}).get(name)}"
-        for net in now
-        for name in {**now[net], **kept.get(net, {})}
-        if now[net].get(name) != kept.get(net, {}).get(name) and is_installed(name.partition(" ")[0])
-    ]
-    if wrong:
-        raise SystemExit(f"memory differs from {path.name}:\n" + "\n".join(wrong))
-    print(f"the memory figures of {path.name} are those of this source")
-
-
 # --- time
 
 
@@ -278,16 +260,8 @@ def times(name: str, rounds: int, dtype: torch.dtype, compiled: bool) -> dict[st
         nets["torchvision compiled"] = copy.deepcopy(nets[case.baseline])
         nets["resblocks compiled"] = copy.deepcopy(nets["resblocks"])
     seconds = take_turns({key: step(key, net, case, dtype) for key, net in nets.items()}, rounds)
-    base = seconds[case.baseline]
-    rows = {
-        contestant: {
-            "cpu_seconds": [round(second, 4) for second in spent],
-            **spread([own / other for own, other in zip(spent, base, strict=True)], "ratio"),
-        }
-        for contestant, spent in seconds.items()
-    }
     said = {"batch": case.timed_batch, "size": case.timed_size, "dtype": str(dtype).removeprefix("torch.")}
-    return {"net": name, **said, "rows": rows}
+    return {"net": name, **said, "rows": against(seconds, case.baseline)}
 
 
 def step(contestant: str, net: nn.Module, case: Case, dtype: torch.dtype) -> Callable[[], None]:
@@ -334,8 +308,6 @@ def convolutions(rounds: int, dtype: torch.dtype) -> list[dict[str, Any]]:
                 "all": lambda given=given, stride=stride: _Product.apply(*given, stride, True),
             }
             seconds = take_turns({key: partial(differentiate, way, given) for key, way in ways.items()}, rounds)
-            plain = seconds["convolution"]
-            ratios = {key: [a / b for a, b in zip(row, plain, strict=True)] for key, row in seconds.items()}
             rows.append(
                 {
                     "batch": batch,
@@ -343,10 +315,7 @@ def convolutions(rounds: int, dtype: torch.dtype) -> list[dict[str, Any]]:
                     "size": size,
                     "stride": stride,
                     "dtype": str(dtype).removeprefix("torch."),
-                    "rows": {
-                        key: {"cpu_seconds": [round(s, 5) for s in row], **spread(ratios[key], "ratio")}
-                        for key, row in seconds.items()
-                    },
+                    "rows": against(seconds, "convolution", digits=5),
                 }
             )
     return rows
@@ -378,7 +347,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dtype = timed_dtype(options.dtype)
     if options.check:
-        check(options.out)
+        check_memory(options.out, all_memory())
         return
     if options.memory_only:
         show_memory(all_memory())

@@ -23,6 +23,17 @@ def take_turns(
     return seconds
 
 
+def against(seconds: Mapping[str, list[float]], baseline: str, digits: int = 4) -> dict[str, dict[str, object]]:
+    """Processor time of each step, and the spread of its ratios to that of the baseline in the same round."""
+    return {
+        name: {
+            "cpu_seconds": [round(second, digits) for second in spent],
+            **spread([own / base for own, base in zip(spent, seconds[baseline], strict=True)], "ratio"),
+        }
+        for name, spent in seconds.items()
+    }
+
+
 def spread(values: list[float], prefix: str) -> dict[str, float]:
     """Smallest, median and largest."""
     return {

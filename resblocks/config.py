@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from resblocks.recompute import BATCH_NORMS
 from resblocks.residual import Residual
 
 # Where the names of a config may come from: what is imported from there builds nets and does nothing else.
@@ -118,9 +119,6 @@ def _names(config: Any) -> list[str]:
         own = [config["name"]] if isinstance(config.get("name"), str) else []
         return own + _names(list(config.values()))
     return [name for part in config for name in _names(part)] if isinstance(config, list) else []
-
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _setting(module: nn.Module) -> tuple[type, str, bool]:

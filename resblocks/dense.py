@@ -174,7 +174,7 @@ def _by_layer(
 def _forward_layer(layer: Layer, weights: list[_Weights], maps: _Maps, new: slice, plan: Plan) -> list[Tensor]:
     """Write the new maps; return what backward needs of this layer: [mean, rstd, kept input] of step two, [mask]."""
     x, out, saved = maps.x[:, : new.start], maps.x[:, new], []
-    affine = maps.affine(weights[0])
+    affine = maps.affine(weights[0].gamma, weights[0].beta)
     if len(layer.steps) == 2:
         norm = layer.steps[1].norm
         b = _empty(x, len(weights[1].gamma), plan.compute, layout_of(maps.x))
@@ -183,7 +183,7 @@ def _forward_layer(layer: Layer, weights: list[_Weights], maps: _Maps, new: slic
         plan.moments.append(Moments(norm, mean, var, b.numel() // b.shape[1]))
         inner = _Maps(b, mean, torch.rsqrt(var + norm.eps))
         saved += [mean, inner.rstd, b] if plan.keep else [mean, inner.rstd]
-        x, affine = b, inner.affine(weights[1])
+        x, affine = b, inner.affine(weights[1].gamma, weights[1].beta)
     _convolve(x, affine, weights[-1].conv, layer.steps[-1].conv, out)
     if layer.dropout:
         # The mask that nn.Dropout would draw for these maps.
@@ -200,8 +200,8 @@ def _backward_layer(
     dy = maps.finish(new).to(plan.compute)
     if layer.dropout:
         dy.mul_(saved.pop()).div_(1 - layer.dropout)
-    gamma, _, weight, wanted = weights[0]
-    x, affine = maps.maps.x[:, : new.start], maps.maps.affine(weights[0])
+    gamma, beta, weight, wanted = weights[0]
+    x, affine = maps.maps.x[:, : new.start], maps.maps.affine(gamma, beta)
     second: list[Tensor | None] = []
     if len(layer.steps) == 2:
         mean, rstd, *kept = saved
@@ -217,9 +217,9 @@ def _backward_layer(
 
 def _backward_second(dy: Tensor, inner: _Maps, weights: _Weights, step: Step) -> tuple[Tensor, Tensor, Tensor, Any]:
     """Through the second step, whose maps have no other reader: gradients of its input, gamma, beta and weight."""
-    gamma, _, weight, wanted = weights
+    gamma, beta, weight, wanted = weights
     dweight = torch.zeros_like(weight, dtype=gamma.dtype) if wanted else None
-    parts = _convolve_backward(dy, inner.x, inner.affine(weights), weight, step.conv, dweight)
+    parts = _convolve_backward(dy, inner.x, inner.affine(gamma, beta), weight, step.conv, dweight)
     spans = [_rectify(dz, z) for _, _, dz, z in parts]
     dz = spans[0] if len(spans) == 1 else torch.cat(spans)
     del spans
@@ -268,7 +268,7 @@ class _Pool(torch.autograd.Function):
             mean, var = _batch_moments(x)
             moments.append(Moments(norm, mean, var, x.numel() // x.shape[1]))
             maps = _Maps(x, mean, torch.rsqrt(var + norm.eps))
-            affine = maps.affine(_Weights(gamma.to(wide), beta.to(wide), x, False))
+            affine = maps.affine(gamma.to(wide), beta.to(wide))
             shape = (*x.shape[:2], *(length // size for length in x.shape[2:]))
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
             for span in _spans(x):
@@ -283,9 +283,9 @@ class _Pool(torch.autograd.Function):
         x, mean, rstd, gamma, beta = ctx.saved_tensors
         with _autocast_off(x):
             maps = _MapGradients(_Maps(x, mean, rstd), torch.zeros_like(x))
-            weights = _Weights(gamma.to(mean.dtype), beta.to(mean.dtype), x, False)
-            affine = maps.maps.affine(weights)
-            dgamma, dbeta = maps.add(weights.gamma, affine, _pool_backward(grad, x, affine, ctx.size))
+            wide = gamma.to(mean.dtype)
+            affine = maps.maps.affine(wide, beta.to(mean.dtype))
+            dgamma, dbeta = maps.add(wide, affine, _pool_backward(grad, x, affine, ctx.size))
             for span in _spans(x):
                 maps.grad[span] = maps.finish(slice(None), span)
         return maps.grad, None, None, None, dgamma.to(gamma.dtype), dbeta.to(beta.dtype)
@@ -315,10 +315,10 @@ class _Maps(NamedTuple):
     mean: Tensor
     rstd: Tensor
 
-    def affine(self, weights: _Weights) -> _Affine:
+    def affine(self, gamma: Tensor, beta: Tensor) -> _Affine:
         """Scale and shift of a norm that reads the first maps."""
-        scale = weights.gamma * self.rstd[: len(weights.gamma)]
-        shift = weights.beta - scale * self.mean[: len(scale)]
+        scale = gamma * self.rstd[: len(gamma)]
+        shift = beta - scale * self.mean[: len(gamma)]
         return over_positions(scale, self.x), over_positions(shift, self.x)
 
 

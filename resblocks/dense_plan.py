@@ -127,15 +127,21 @@ def _tuple(size: Any) -> tuple[Any, ...]:
     return size if isinstance(size, tuple) else (size,)
 
 
+def dense_branch(layer: nn.Module) -> nn.Sequential | None:
+    """The branch of a layer that puts what the branch makes beside its input and does nothing else, or None."""
+    if not isinstance(layer, Residual) or not keeps_forward(layer) or not layer.skip:
+        return None
+    around = (layer.preact, layer.shortcut, layer.scale, layer.drop_path, layer.act)
+    if type(layer.merge) is not Concat or any(type(part) is not nn.Identity for part in around):
+        return None
+    return layer.branch if type(layer.branch) is nn.Sequential else None
+
+
 def _read_layer(layer: nn.Module, dims: int) -> Layer | None:
-    if not isinstance(layer, Residual) or not keeps_forward(layer):
+    branch = dense_branch(layer)
+    if branch is None or layer.checkpoint:
         return None
-    parts = (layer.preact, layer.shortcut, layer.scale, layer.drop_path, layer.act)
-    if layer.checkpoint or not layer.skip or any(type(part) is not nn.Identity for part in parts):
-        return None
-    if type(layer.merge) is not Concat or type(layer.branch) is not nn.Sequential:
-        return None
-    modules = list(layer.branch)
+    modules = list(branch)
     dropout = modules.pop() if modules and type(modules[-1]) is nn.Dropout else None
     if isinstance(dropout, nn.Dropout) and dropout.p == 1:
         return None

@@ -48,7 +48,7 @@ def count_macs(net: nn.Module, input_size: Sequence[int]) -> int:
         ValueError: `input_size` is not a sequence of positive integers, or not what the net takes; the net is traced
             or scripted.
     """
-    return _count_on_meta(net, input_size, {})
+    return _count_on_meta(net, input_size, {})[0]
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,14 @@ def summary(net: nn.Module, input_size: Sequence[int]) -> Summary:
     """
     net = unwrapped(net)
     parts = dict(_parts(net))
-    seen: dict[str, tuple[int, tuple[int, ...] | None]] = {}
-    macs = _count_on_meta(net, input_size, parts, seen)
+    macs, meters = _count_on_meta(net, input_size, parts)
     rows = tuple(
         SummaryRow(
             name=name,
             type=type(part).__name__,
-            output_shape=seen[name][1] if name in seen else None,
+            output_shape=meters[name].output_shape,
             params=count_params(part),
-            macs=seen[name][0] if name in seen else 0,
+            macs=meters[name].macs,
             skip=part.skip if isinstance(part, Residual) else None,
         )
         for name, part in parts.items()
@@ -297,13 +296,26 @@ def _parts(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}{name}", child
 
 
+class _Meter:
+    """What the hooks of one part counted: the MACs of all its runs, and the output shape of the last."""
+
+    output_shape: tuple[int, ...] | None = None
+
+    def __init__(self, total_flops: Callable[[], int]) -> None:
+        self.total_flops, self.macs = total_flops, 0
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        self.macs -= self.total_flops() // 2
+
+    def after(self, module: nn.Module, args: Any, y: Any) -> None:
+        self.macs += self.total_flops() // 2
+        self.output_shape = tuple(y.shape[1:]) if isinstance(y, Tensor) else None
+
+
 def _count_on_meta(
-    net: nn.Module,
-    input_size: Sequence[int],
-    parts: dict[str, nn.Module],
-    seen: dict[str, tuple[int, tuple[int, ...] | None]] | None = None,
-) -> int:
-    """MACs of one forward pass of one sample on the meta device; writes (MACs, output shape) of each part to `seen`."""
+    net: nn.Module, input_size: Sequence[int], parts: dict[str, nn.Module]
+) -> tuple[int, dict[str, _Meter]]:
+    """MACs of one forward pass of one sample on the meta device, and a meter for each of the parts."""
     # Imported here: it costs more time than all of resblocks.
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -312,40 +324,30 @@ def _count_on_meta(
     if isinstance(net, torch.jit.ScriptModule):
         raise ValueError(f"net must be a module in Python, got a traced or scripted one, {type(net).__name__}")
     # Copies of the tensors on the meta device stand in for the net's own: no arithmetic, no memory, no buffer written.
+    # One name for a module that has several: torch would put back, by the second, the stand-in of the first.
     tensors = {
         name: tensor.detach().to("meta")
-        for name, tensor in [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
+        for prefix, module in net.named_modules()
+        for tensors_of in (module.named_parameters, module.named_buffers)
+        for name, tensor in tensors_of(prefix, recurse=False, remove_duplicate=False)
     }
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.get_default_dtype())
     x = torch.empty(1, *input_size, dtype=dtype, device="meta")
     counter = FlopCounterMode(display=False)
-    started: dict[str, int] = {}
-    seen = {} if seen is None else seen
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            started[name] = counter.get_total_flops()
-
-        return hook
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, y: Any) -> None:
-            macs = (counter.get_total_flops() - started[name]) // 2
-            shape = tuple(y.shape[1:]) if isinstance(y, Tensor) else None
-            seen[name] = (seen.get(name, (0, None))[0] + macs, shape)
-
-        return hook
-
+    meters = {name: _Meter(counter.get_total_flops) for name in parts}
     handles = (
         handle
         for name, part in parts.items()
-        for handle in (part.register_forward_pre_hook(before(name)), part.register_forward_hook(after(name)))
+        for handle in (
+            part.register_forward_pre_hook(meters[name].before),
+            part.register_forward_hook(meters[name].after),
+        )
     )
     with restored(net), torch.no_grad(), hooked(handles):
         net.eval()
         with counter, explained(net, input_size):
             torch.func.functional_call(net, tensors, (x,), tie_weights=False)
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2, meters
 
 
 def _by(shape: tuple[int, ...] | None) -> str:

@@ -12,12 +12,21 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from resblocks.blocks import DenseBlock, Transition
-from resblocks.dense_plan import pool_commutes, window
+from resblocks.dense_plan import dense_branch, pool_commutes, window
 from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, FusedStage
-from resblocks.layers import DropPath, FrozenBatchNorm, ZeroInit, avg_pool, batch_norm, convolution, running_affine
-from resblocks.layers import _WeightStandardised as WeightStandardised
+from resblocks.layers import (
+    DropPath,
+    FrozenBatchNorm,
+    WeightStandardised,
+    ZeroInit,
+    avg_pool,
+    batch_norm,
+    convolution,
+    running_affine,
+)
 from resblocks.options import check_input_size, explained
-from resblocks.residual import Add, Concat, Residual, keeps_forward
+from resblocks.residual import Add, Residual, keeps_forward
+from resblocks.undisturbed import hooked
 from resblocks.watched import is_watched
 
 
@@ -115,16 +124,12 @@ def prepack(net: nn.Module, shape: tuple[int, ...], memory_format: torch.memory_
     def note(conv: Any, args: tuple[Tensor, ...]) -> None:
         seen[conv] = args[0].shape
 
-    hooks = [conv.register_forward_pre_hook(note) for conv in net.modules() if isinstance(conv, FusedConv)]
-    if not hooks:
+    convs = [layer for layer in net.modules() if isinstance(layer, FusedConv)]
+    if not convs:
         return
-    try:
-        parameter = next(net.parameters())
-        with explained(net, shape[1:]):
-            net(torch.zeros(shape, dtype=parameter.dtype, device=parameter.device).to(memory_format=memory_format))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    like = next(net.parameters())
+    with hooked([conv.register_forward_pre_hook(note) for conv in convs]), explained(net, shape[1:]):
+        net(torch.zeros(shape, dtype=like.dtype, device=like.device).to(memory_format=memory_format))
     for conv, read in seen.items():
         conv.pack(read)
 
@@ -266,18 +271,13 @@ def fused_dense_block(block: DenseBlock) -> nn.Module:
     layers: dict[str, nn.Sequential] = {}
     growths = []
     for name, layer in block.named_children():
-        if not isinstance(layer, Residual) or not layer.skip or type(layer.merge) is not Concat:
+        branch = dense_branch(layer)
+        if branch is None or any(is_watched(part) for part in (layer, *layer.children())):
             return block
-        around = (layer.preact, layer.shortcut, layer.scale, layer.drop_path, layer.act)
-        if any(type(part) is not nn.Identity for part in around) or type(layer.branch) is not nn.Sequential:
-            return block
-        watched = any(is_watched(part) for part in (layer, *layer.children()))
-        if watched or not keeps_forward(layer):
-            return block
-        last = layer.branch[-1]
+        last = branch[-1]
         if not isinstance(last, FusedConv):
             return block
-        layers[name] = layer.branch
+        layers[name] = branch
         growths.append(len(last.weight))
     return FusedDenseBlock(layers, growths)
 

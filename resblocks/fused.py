@@ -21,8 +21,7 @@ from resblocks.fused_operators import (
     runs_eagerly,
     winograd_is_faster,
 )
-from resblocks.layers import _WeightStandardised as WeightStandardised
-from resblocks.layers import layout_of, over_positions, running_affine
+from resblocks.layers import WeightStandardised, layout_of, over_positions, running_affine
 from resblocks.watched import is_watched
 
 torch.fx.wrap("conv_add_relu")

@@ -12,6 +12,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from resblocks.init import branch_weights
+from resblocks.recompute import BATCH_NORMS, INSTANCE_NORMS
 from resblocks.residual import fitting
 from resblocks.watched import is_watched
 
@@ -23,10 +24,15 @@ Layer = Callable[..., nn.Module]
 Family = tuple[Layer, Layer, Layer]  # one layer each for 1D, 2D and 3D data
 
 convolution: Family = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-batch_norm: Family = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-instance_norm: Family = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+batch_norm: Family = BATCH_NORMS
+instance_norm: Family = INSTANCE_NORMS
 max_pool: Family = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 avg_pool: Family = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+
+def by_dims(layer: Layer) -> Family:
+    """A layer with an argument `dims`, for 1D, 2D and 3D data."""
+    return partial(layer, dims=1), partial(layer, dims=2), partial(layer, dims=3)
 
 
 def named(**layers: nn.Module | None) -> nn.Sequential:
@@ -71,7 +77,7 @@ class GlobalAvgPool(nn.Module):
 # --- convolution
 
 
-class _WeightStandardised(nn.modules.conv._ConvNd):
+class WeightStandardised(nn.modules.conv._ConvNd):
     """Convolution whose filters have zero mean and unit variance (Qiao et al. 2019, eq. 11)."""
 
     def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
@@ -88,15 +94,15 @@ class _WeightStandardised(nn.modules.conv._ConvNd):
         return out
 
 
-class WSConv1d(_WeightStandardised, nn.Conv1d):
+class WSConv1d(WeightStandardised, nn.Conv1d):
     """Weight-standardised 1D convolution; `eps` is added to the variance, the rest is `nn.Conv1d`'s."""
 
 
-class WSConv2d(_WeightStandardised, nn.Conv2d):
+class WSConv2d(WeightStandardised, nn.Conv2d):
     """Weight-standardised 2D convolution; `eps` is added to the variance, the rest is `nn.Conv2d`'s."""
 
 
-class WSConv3d(_WeightStandardised, nn.Conv3d):
+class WSConv3d(WeightStandardised, nn.Conv3d):
     """Weight-standardised 3D convolution; `eps` is added to the variance, the rest is `nn.Conv3d`'s."""
 
 
@@ -232,8 +238,13 @@ class SE(nn.Module):
         self.expand = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.expand(self.act(self.reduce(reduce(x, "n c ... -> n c", "mean")))))
+        gate = torch.sigmoid(self.excite(reduce(x, "n c ... -> n c", "mean")))
         return x * over_positions(gate, x)
+
+    def excite(self, pooled: Tensor) -> Tensor:
+        """The gate before its sigmoid. Shape: (N, channels) -> same."""
+        gate: Tensor = self.expand(self.act(self.reduce(pooled)))
+        return gate
 
 
 class ECA(nn.Module):
@@ -262,8 +273,8 @@ class ECA(nn.Module):
         return x * over_positions(rearrange(gate, "n 1 c -> n c"), x)
 
 
-class CBAM(nn.Module):
-    """Convolutional block attention (Woo et al. 2018, fig. 2): a gate for each channel, then one for each position.
+class CBAM(SE):
+    """Convolutional block attention (Woo et al. 2018, fig. 2): SE that reads the maxima, too, and a gate for positions.
 
     Args:
         channels: of the input.
@@ -275,22 +286,18 @@ class CBAM(nn.Module):
     """
 
     def __init__(self, channels: int, dims: int = 2, reduction: int = 16, kernel_size: int = 7) -> None:
-        super().__init__()
-        hidden = max(channels // reduction, min(8, channels))
-        self.reduce = nn.Linear(channels, hidden)
-        self.act = nn.ReLU()
-        self.expand = nn.Linear(hidden, channels)
+        super().__init__(channels, reduction)
         self.spatial = convolution[dims - 1](2, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = [reduce(x, "n c ... -> n c", how) for how in ("mean", "max")]
-        gate = torch.sigmoid(sum(self.expand(self.act(self.reduce(values))) for values in pooled))
+        mean, largest = (reduce(x, "n c ... -> n c", how) for how in ("mean", "max"))
+        gate = torch.sigmoid(self.excite(mean) + self.excite(largest))
         x = x * over_positions(gate, x)
         maps = torch.cat([reduce(x, "n c ... -> n 1 ...", how) for how in ("max", "mean")], 1)
         return x * torch.sigmoid(self.spatial(maps))
 
 
-cbam: Family = (partial(CBAM, dims=1), partial(CBAM, dims=2), partial(CBAM, dims=3))
+cbam = by_dims(CBAM)
 
 
 # --- how the branch joins
@@ -410,7 +417,7 @@ class Fixup(nn.Module):
         Raises:
             ValueError: the branch has no convolutions, or some that standardise their weights, which undoes it.
         """
-        if any(isinstance(layer, _WeightStandardised) for layer in branch.children()):
+        if any(isinstance(layer, WeightStandardised) for layer in branch.children()):
             raise ValueError(f"scale Fixup needs convolutions that keep the size of their weights, got {branch}")
         *others, last = branch_weights(branch, ("conv",))
         nn.init.zeros_(last)
@@ -464,7 +471,7 @@ class Gated(nn.Module):
         return (1 - gate) * shortcut + gate * fitting(branch, shortcut)
 
 
-gated: Family = (partial(Gated, dims=1), partial(Gated, dims=2), partial(Gated, dims=3))
+gated = by_dims(Gated)
 
 
 # --- resolution
@@ -520,4 +527,4 @@ average_downsample: Family = (
     partial(_average, nn.AvgPool2d),
     partial(_average, _AvgPool3d),
 )
-blur_downsample: Family = (partial(BlurPool, dims=1), partial(BlurPool, dims=2), partial(BlurPool, dims=3))
+blur_downsample = by_dims(BlurPool)

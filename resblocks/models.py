@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import partial
@@ -14,8 +14,35 @@ from resblocks.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBot
 from resblocks.nets import BaselineCNN, Block, DenseNet, Network, ResNet
 from resblocks.options import NetOptions, check_positive, refuse_unknown
 
+Build = Callable[..., Network]
+
 BASIC = (64, 128, 256, 512)
 BOTTLENECK = (256, 512, 1024, 2048)
+
+# Blocks in each stage, by the depth of the net (He et al. 2015, table 1).
+R18, R34, R101, R152 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
+R50 = R34
+
+
+def basic(depths: Sequence[int], *, block: Block = BasicBlock, **options: Any) -> Build:
+    """A ResNet of basic blocks."""
+    return partial(ResNet, block=block, depths=depths, widths=BASIC, **options)
+
+
+def deep(
+    depths: Sequence[int], *, block: Block = Bottleneck, widths: Sequence[int] = BOTTLENECK, **options: Any
+) -> Build:
+    """A ResNet of bottlenecks."""
+    return partial(ResNet, block=block, depths=depths, widths=widths, **options)
+
+
+def grouped(depths: Sequence[int], groups: int, base_width: int, **options: Any) -> Build:
+    """A ResNeXt."""
+    return deep(depths, block=partial(Bottleneck, groups=groups, base_width=base_width), **options)
+
+
+basic2 = partial(basic, block=PreActBasicBlock)
+deep2 = partial(deep, block=PreActBottleneck)
 
 
 def cifar_resnet(depth: int, **options: Any) -> ResNet:
@@ -112,32 +139,22 @@ def grid(depth: int, step: int, offset: int) -> int:
     return n
 
 
-MODELS: dict[str, Callable[..., Network]] = {
-    "resnet18": partial(ResNet, block=BasicBlock, depths=(2, 2, 2, 2), widths=BASIC),
-    "resnet34": partial(ResNet, block=BasicBlock, depths=(3, 4, 6, 3), widths=BASIC),
-    "resnet50": partial(ResNet, block=Bottleneck, depths=(3, 4, 6, 3), widths=BOTTLENECK),
-    "resnet101": partial(ResNet, block=Bottleneck, depths=(3, 4, 23, 3), widths=BOTTLENECK),
-    "resnet152": partial(ResNet, block=Bottleneck, depths=(3, 8, 36, 3), widths=BOTTLENECK),
-    "resnext50_32x4d": partial(
-        ResNet, block=partial(Bottleneck, groups=32, base_width=4), depths=(3, 4, 6, 3), widths=BOTTLENECK
-    ),
-    "resnext101_32x8d": partial(
-        ResNet, block=partial(Bottleneck, groups=32, base_width=8), depths=(3, 4, 23, 3), widths=BOTTLENECK
-    ),
-    "resnext101_64x4d": partial(
-        ResNet, block=partial(Bottleneck, groups=64, base_width=4), depths=(3, 4, 23, 3), widths=BOTTLENECK
-    ),
-    "wide_resnet50_2": partial(
-        ResNet, block=partial(Bottleneck, base_width=128), depths=(3, 4, 6, 3), widths=BOTTLENECK
-    ),
-    "wide_resnet101_2": partial(
-        ResNet, block=partial(Bottleneck, base_width=128), depths=(3, 4, 23, 3), widths=BOTTLENECK
-    ),
-    "preact_resnet18": partial(ResNet, block=PreActBasicBlock, depths=(2, 2, 2, 2), widths=BASIC),
-    "preact_resnet34": partial(ResNet, block=PreActBasicBlock, depths=(3, 4, 6, 3), widths=BASIC),
-    "preact_resnet50": partial(ResNet, block=PreActBottleneck, depths=(3, 4, 6, 3), widths=BOTTLENECK),
-    "preact_resnet101": partial(ResNet, block=PreActBottleneck, depths=(3, 4, 23, 3), widths=BOTTLENECK),
-    "preact_resnet152": partial(ResNet, block=PreActBottleneck, depths=(3, 8, 36, 3), widths=BOTTLENECK),
+MODELS: dict[str, Build] = {
+    "resnet18": basic(R18),
+    "resnet34": basic(R34),
+    "resnet50": deep(R50),
+    "resnet101": deep(R101),
+    "resnet152": deep(R152),
+    "resnext50_32x4d": grouped(R50, 32, 4),
+    "resnext101_32x8d": grouped(R101, 32, 8),
+    "resnext101_64x4d": grouped(R101, 64, 4),
+    "wide_resnet50_2": deep(R50, block=partial(Bottleneck, base_width=128)),
+    "wide_resnet101_2": deep(R101, block=partial(Bottleneck, base_width=128)),
+    "preact_resnet18": basic2(R18),
+    "preact_resnet34": basic2(R34),
+    "preact_resnet50": deep2(R50),
+    "preact_resnet101": deep2(R101),
+    "preact_resnet152": deep2(R152),
     "densenet121": partial(DenseNet, growth_rate=32, depths=(6, 12, 24, 16)),
     "densenet161": partial(DenseNet, growth_rate=48, depths=(6, 12, 36, 24)),
     "densenet169": partial(DenseNet, growth_rate=32, depths=(6, 12, 32, 32)),

@@ -39,20 +39,13 @@ class ZeroPad(nn.Module):
         return f"new_channels={self.new_channels}, stride={self.stride}"
 
 
-def projection(make: BlockLayers, in_channels: int, out_channels: int, stride: int, normed: bool) -> nn.Module:
-    """1x1 convolution and norm (He et al. 2015, options B and C), strided as the block's `downsample` says."""
+def projection(
+    make: BlockLayers, pool: nn.Module | None, in_channels: int, out_channels: int, stride: int, normed: bool
+) -> nn.Module:
+    """1x1 convolution and norm (He et al. 2015, options B and C), behind a pool if that is what strides."""
     return named(
-        pool=make.pool(in_channels, stride),
-        conv=make.strided_conv(in_channels, out_channels, 1, stride),
-        norm=make.norm(out_channels) if normed else None,
-    )
-
-
-def pooled_projection(make: BlockLayers, in_channels: int, out_channels: int, stride: int, normed: bool) -> nn.Module:
-    """Average pool and 1x1 convolution, so that no position is lost (He et al. 2019, ResNet-D, fig. 2c)."""
-    return named(
-        pool=make.build(average_downsample, in_channels, stride) if stride > 1 else None,
-        conv=make.conv(in_channels, out_channels, 1),
+        pool=pool,
+        conv=make.conv(in_channels, out_channels, 1, stride if pool is None else 1),
         norm=make.norm(out_channels) if normed else None,
     )
 
@@ -81,9 +74,11 @@ def make_shortcut(
     elif kind not in KINDS:
         raise ValueError(f"shortcut must be one of {', '.join(KINDS)} or a callable, got {kind!r}")
     elif kind == "C" or (kind == "B" and not same):
-        shortcut = projection(make, in_channels, out_channels, stride, normed)
-    elif kind == "D" and not same:
-        shortcut = pooled_projection(make, in_channels, out_channels, stride, normed)
+        pool = make.pool(in_channels, stride)
+        shortcut = projection(make, pool, in_channels, out_channels, stride, normed)
+    elif kind == "D" and not same:  # no position is lost (He et al. 2019, ResNet-D, fig. 2c)
+        pool = make.build(average_downsample, in_channels, stride) if stride > 1 else None
+        shortcut = projection(make, pool, in_channels, out_channels, stride, normed)
     elif kind == "A" and not same:
         pool = make.pool(in_channels, stride)
         pad = ZeroPad(in_channels, out_channels, stride if pool is None else 1)

@@ -92,6 +92,14 @@ def test_shared_parameters_count_once_and_frozen_ones_on_request() -> None:
     assert count_macs(net, (3,)) == 6 + 6 + 6
 
 
+def test_counting_leaves_a_module_with_two_names_as_it_was() -> None:
+    layer = nn.Linear(3, 3)
+    net, weight = nn.Sequential(layer, nn.BatchNorm1d(3), layer), layer.weight
+    assert count_macs(net, (3,)) == 9 + 9
+    assert layer.weight is weight
+    assert {tensor.device.type for tensor in net.state_dict().values()} == {"cpu"}
+
+
 def test_counting_leaves_a_training_net_as_it_was() -> None:
     net = small_net()
     net[1][0].eval()

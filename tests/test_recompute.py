@@ -38,6 +38,13 @@ def assert_same_step(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(ours, theirs)
 
 
+def step_and_compare(one: nn.Module, other: nn.Module, x: Tensor) -> None:
+    for module in (one, other):
+        torch.manual_seed(0)
+        module(x).pow(2).sum().backward()
+    assert_same_step(one, other)
+
+
 @contextmanager
 def in_training_for_a_while(net: nn.Module) -> Iterator[None]:
     yield
@@ -110,9 +117,7 @@ def test_pruned_norm_gives_the_same(checkpoint):
 
     blocks = twins(make, checkpoint)
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    for block in blocks:
-        block(x).pow(2).sum().backward()
-    assert_same_step(*blocks)
+    step_and_compare(*blocks, x)
 
 
 def test_second_passes_of_threads_wait_for_each_other():
@@ -157,18 +162,13 @@ def test_double_backward_through_a_recomputed_block_is_the_plain_one():
 def test_instance_norm_of_one_map_without_batch_gives_the_same(checkpoint):
     blocks = twins(lambda **options: BasicBlock(4, 4, norm=instance_norm, **options), checkpoint)
     x = torch.randn(4, 6, 6, dtype=torch.float64)
-    for block in blocks:
-        block(x).pow(2).sum().backward()
-    assert_same_step(*blocks)
+    step_and_compare(*blocks, x)
 
 
 def test_rrelu_gives_the_same():
     blocks = twins(lambda **options: BasicBlock(4, 4, activation=nn.RReLU, norm=group_norm, **options), True)
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-    for block in blocks:
-        torch.manual_seed(0)
-        block(x).pow(2).sum().backward()
-    assert_same_step(*blocks)
+    step_and_compare(*blocks, x)
 
 
 @both
@@ -198,6 +198,4 @@ def test_norms_within_another_checkpoint_give_the_same():
 
     blocks = twins(make, True)
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    for block in blocks:
-        block(x).pow(2).sum().backward()
-    assert_same_step(*blocks)
+    step_and_compare(*blocks, x)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from resblocks.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck
 from resblocks.layers import ECA, SE, BlurPool, WSConv2d, group_norm, named
-from resblocks.models import BASIC, BOTTLENECK, MODELS
-from resblocks.nets import DenseNet, Network, ResNet
+from resblocks.models import (
+    BOTTLENECK,
+    MODELS,
+    R18,
+    R34,
+    R50,
+    R101,
+    R152,
+    Build,
+    basic,
+    basic2,
+    deep,
+    deep2,
+    grouped,
+)
+from resblocks.nets import DenseNet
 from resblocks.options import Layers, with_layers
-
-Build = Callable[..., Network]
 
 # --- the parts in which timm's nets differ from the papers'
 
@@ -55,16 +65,8 @@ def strided_projection(make: Layers, in_channels: int, out_channels: int, stride
 
 # --- the words of the table
 
-R10, R18, R34, R101, R152, R200, R269 = (
-    (1, 1, 1, 1),
-    (2, 2, 2, 2),
-    (3, 4, 6, 3),
-    (3, 4, 23, 3),
-    (3, 8, 36, 3),
-    (3, 24, 36, 3),
-    (3, 30, 48, 8),
-)
-R26, R50 = R18, R34
+R10, R200, R269 = (1, 1, 1, 1), (3, 24, 36, 3), (3, 30, 48, 8)
+R26 = R18
 C: dict[str, Any] = {"stem": "deep"}
 S: dict[str, Any] = {"stem": "deep", "stem_width": 128}
 D: dict[str, Any] = {"stem": "deep", "shortcut": "D"}
@@ -76,30 +78,9 @@ GN = partial(group_norm, groups=32)  # also where that leaves a group one channe
 BIT: dict[str, Any] = {"conv": partial(WSConv2d, eps=1e-8), "norm": GN, "stem_pool": zero_border_pool}
 
 
-def basic(depths: tuple[int, ...], **options: Any) -> Build:
-    """A ResNet of basic blocks."""
-    return partial(ResNet, BasicBlock, depths, BASIC, **options)
-
-
-def deep(depths: tuple[int, ...], **options: Any) -> Build:
-    """A ResNet of bottlenecks."""
-    return partial(ResNet, Bottleneck, depths, BOTTLENECK, **options)
-
-
-def grouped(depths: tuple[int, ...], groups: int, base_width: int, **options: Any) -> Build:
-    """A ResNeXt, or with one group a wide ResNet."""
-    return partial(ResNet, partial(Bottleneck, groups=groups, base_width=base_width), depths, BOTTLENECK, **options)
-
-
-def basic2(depths: tuple[int, ...], **options: Any) -> Build:
-    """A pre-activation ResNet of basic blocks."""
-    return partial(ResNet, PreActBasicBlock, depths, BASIC, **options)
-
-
-def deep2(depths: tuple[int, ...], factor: int = 1, **options: Any) -> Build:
-    """A pre-activation ResNet of bottlenecks, all its widths times a factor."""
-    widths = tuple(factor * width for width in BOTTLENECK)
-    return partial(ResNet, PreActBottleneck, depths, widths, stem_width=factor * 64, **options)
+def bit(depths: tuple[int, ...], factor: int) -> Build:
+    """A net of BiT, all its widths times a factor."""
+    return deep2(depths, widths=tuple(factor * width for width in BOTTLENECK), stem_width=factor * 64, **BIT)
 
 
 TORCHVISION: dict[str, Build] = {
@@ -192,14 +173,16 @@ TIMM: dict[str, Build] = {
     "resnetv2_101d": deep2(R101, **D),
     "resnetv2_152": deep2(R152),
     "resnetv2_152d": deep2(R152, **D),
-    "resnetv2_50x1_bit": deep2(R50, **BIT),
-    "resnetv2_50x3_bit": deep2(R50, 3, **BIT),
-    "resnetv2_101x1_bit": deep2(R101, **BIT),
-    "resnetv2_101x3_bit": deep2(R101, 3, **BIT),
-    "resnetv2_152x2_bit": deep2(R152, 2, **BIT),
-    "resnetv2_152x4_bit": deep2(R152, 4, **BIT),
-    "densenet264d": partial(DenseNet, 48, (6, 12, 64, 48), stem="deep"),
-    "densenetblur121d": partial(DenseNet, 32, (6, 12, 24, 16), stem="deep", stem_pool=blurred_max_pool),
+    "resnetv2_50x1_bit": bit(R50, 1),
+    "resnetv2_50x3_bit": bit(R50, 3),
+    "resnetv2_101x1_bit": bit(R101, 1),
+    "resnetv2_101x3_bit": bit(R101, 3),
+    "resnetv2_152x2_bit": bit(R152, 2),
+    "resnetv2_152x4_bit": bit(R152, 4),
+    "densenet264d": partial(DenseNet, growth_rate=48, depths=(6, 12, 64, 48), stem="deep"),
+    "densenetblur121d": partial(
+        DenseNet, growth_rate=32, depths=(6, 12, 24, 16), stem="deep", stem_pool=blurred_max_pool
+    ),
 }
 
 # The residual names of timm that are out, as shell patterns, and why.

@@ -20,7 +20,7 @@ from resblocks.interop.words import (
     reversed_table,
     translate_key,
 )
-from resblocks.layers import _WeightStandardised as WeightStandardised
+from resblocks.layers import WeightStandardised
 from resblocks.nets import Network
 from resblocks.undisturbed import unwrapped
 
@@ -82,38 +82,50 @@ def load(
     given = read_weights(source)
     check_not_fused(net, given)
     names = find_names(net, given, vocabulary)
-    ours, notes, faults = net.state_dict(), [], []
-    first = next(iter(ours))
-    check_target(net, first, first_conv)
-    new: dict[str, Tensor] = {}
+    ours = net.state_dict()
+    check_target(net, next(iter(ours)), first_conv)
+    dropped: list[str] = []
     if drop_head:
-        dropped = {key: tensor for key, tensor in given.items() if names.ours(key).startswith("head.")}
-        notes += [f"{names.both(key)}: dropped, {tuple(tensor.shape)} in the source" for key, tensor in dropped.items()]
-        given = {key: tensor for key, tensor in given.items() if key not in dropped}
-        new |= {key: tensor for key, tensor in ours.items() if key.startswith("head.")}
+        names, given, dropped = without_head(names, given)
+    new, notes, faults = match(ours, names, given, first_conv)
+    if faults:
+        raise ValueError("source must fit the net, nothing was loaded:\n  " + "\n  ".join(faults))
+    net.load_state_dict({**ours, **new})
+    return dropped + notes
+
+
+def without_head(names: Names, given: Mapping[str, Tensor]) -> tuple[Names, dict[str, Tensor], list[str]]:
+    """Names and tensors without those of the head, and what was dropped."""
+    dropped = {key: tensor for key, tensor in given.items() if names.ours(key).startswith("head.")}
+    notes = [f"{names.both(key)}: dropped, {tuple(tensor.shape)} in the source" for key, tensor in dropped.items()]
+    left = {key: theirs for key, theirs in names.theirs.items() if not key.startswith("head.")}
+    return names._replace(theirs=left), {key: given[key] for key in given if key not in dropped}, notes
+
+
+def match(
+    ours: Mapping[str, Tensor], names: Names, given: Mapping[str, Tensor], first_conv: FirstConv
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The tensors of the source as the net takes them, what was done to them, and what does not fit."""
+    new: dict[str, Tensor] = {}
+    notes, faults, first = [], [], next(iter(ours))
     for key, their_key in names.theirs.items():
-        if key in new:
-            continue
-        tensor = ours[key]
+        name, tensor = names.both(their_key), ours[key]
         if their_key in given:
             wanted = as_theirs(their_key, tensor).shape
             fitted, note = fit_first_conv(given[their_key], wanted, first_conv if key == first else "same")
-            notes += [f"{names.both(their_key)}: {said}" for said in (note, narrowed(fitted, tensor)) if said]
-            if fault := misfit(names.both(their_key), fitted, wanted, tensor):
+            notes += [f"{name}: {said}" for said in (note, narrowed(fitted, tensor)) if said]
+            if fault := misfit(name, fitted, wanted, tensor):
                 faults.append(fault + _hint(key, first if fitted.shape[2:] == wanted[2:] else ""))
             else:
                 new[key] = fitted.reshape(tensor.shape)
         elif key.endswith("num_batches_tracked"):
             new[key] = torch.zeros_like(tensor)
-            notes.append(f"{names.both(their_key)}: not in the source, starts at 0")
+            notes.append(f"{name}: not in the source, starts at 0")
         else:
-            faults.append(f"missing in the source: {names.both(their_key)}")
+            faults.append(f"missing in the source: {name}")
     known = set(names.theirs.values())
     faults += [f"not in the net: {names.both(key)}{_hint(names.ours(key), first)}" for key in given if key not in known]
-    if faults:
-        raise ValueError("source must fit the net, nothing was loaded:\n  " + "\n  ".join(faults))
-    net.load_state_dict(new)
-    return notes
+    return new, notes, faults
 
 
 def check_not_fused(net: nn.Module, given: Mapping[str, Tensor]) -> None:
