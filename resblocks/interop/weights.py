@@ -84,13 +84,15 @@ def load(
     names = find_names(net, given, vocabulary)
     ours = net.state_dict()
     check_target(net, next(iter(ours)), first_conv)
+    kept: dict[str, Tensor] = {}
     dropped: list[str] = []
     if drop_head:
         names, given, dropped = without_head(names, given)
+        kept = {key: tensor for key, tensor in ours.items() if key.startswith("head.")}
     new, notes, faults = match(ours, names, given, first_conv)
     if faults:
         raise ValueError("source must fit the net, nothing was loaded:\n  " + "\n  ".join(faults))
-    net.load_state_dict({**ours, **new})
+    net.load_state_dict(kept | new)
     return dropped + notes
 
 
