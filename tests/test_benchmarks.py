@@ -28,6 +28,20 @@ def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return scaling
 
 
+@pytest.fixture
+def dense_memory(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import dense_memory
+
+    return dense_memory
+
+
+@pytest.mark.parametrize("memory", ["shared", "lean"])
+def test_dense_net_takes_the_memory_of_the_result_file(dense_memory: ModuleType, memory: str) -> None:
+    kept = json.loads(dense_memory.RESULTS.read_text(encoding="utf-8"))["memory"]["densenet121"][memory]
+    assert dense_memory.count(dense_memory.densenet121, memory, 16, 224) == kept
+
+
 @pytest.mark.parametrize("name", ["resnet18_cifar", "resnet50", "resnext50_32x4d"])
 def test_plain_net_takes_the_memory_of_its_peers(train_step: ModuleType, name: str) -> None:
     rows = train_step.memory(name, PLAIN, batch=2)
