@@ -156,6 +156,7 @@ def _reordered(weight: Tensor, shape: Sequence[int], geometry: Geometry) -> Tens
     return packed
 
 
+TRIAL_SECONDS = 0.1  # of both ways together: five turns of half a millisecond are a matter of chance
 SAME = Geometry([1, 1], [1, 1], [1, 1], 1)
 
 
@@ -170,7 +171,7 @@ def fits_winograd(weight: Tensor, shape: Sequence[int], geometry: Geometry) -> b
 @cache
 @torch.no_grad()
 def winograd_is_faster(shape: tuple[int, ...], out_channels: int, threads: int) -> bool:
-    """Whether it is, by a tenth at least, in the best of five; `threads` is what the answer depends on besides."""
+    """Whether it is, by a tenth at least, at its best of many; `threads` is what the answer depends on besides."""
     ones = partial(torch.ones, dtype=torch.float32, device="cpu")
     x = ones(shape).contiguous(memory_format=torch.channels_last)
     weight = ones(out_channels, shape[1], 3, 3)
@@ -178,7 +179,8 @@ def winograd_is_faster(shape: tuple[int, ...], out_channels: int, threads: int) 
         partial(_onednn, x, _reordered(weight, shape, SAME), None, None, False, SAME),
         partial(winograd.convolve, x, winograd.transform_weight(weight), None),
     )
-    direct, quick = zip(*[[_seconds(way) for way in ways] for _ in range(5)], strict=True)
+    rounds = max(5, int(TRIAL_SECONDS / sum(map(_seconds, ways))))
+    direct, quick = zip(*[[_seconds(way) for way in ways] for _ in range(rounds)], strict=True)
     return bool(min(quick) < 0.9 * min(direct))
 
 

@@ -93,6 +93,9 @@ class WeightStandardised(nn.modules.conv._ConvNd):
         out: Tensor = self._conv_forward(x, self.standardised(), self.bias)
         return out
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, eps={self.eps}"
+
 
 class WSConv1d(WeightStandardised, nn.Conv1d):
     """Weight-standardised 1D convolution; `eps` is added to the variance, the rest is `nn.Conv1d`'s."""
@@ -370,6 +373,9 @@ class LayerScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * over_positions(self.weight, x)
 
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, initial={self.initial}"
+
 
 class SkipInit(nn.Module):
     """One factor for the whole branch, zero at the start (De and Smith 2020, sec. 4). Shape: any -> same."""
@@ -469,6 +475,9 @@ class Gated(nn.Module):
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         gate = torch.sigmoid(self.gate(shortcut) + self.start)
         return (1 - gate) * shortcut + gate * fitting(branch, shortcut)
+
+    def extra_repr(self) -> str:
+        return f"start={self.start}"
 
 
 gated = by_dims(Gated)

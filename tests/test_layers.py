@@ -259,3 +259,12 @@ def test_average_downsample_means_the_positions_that_exist(dims, size):
     x = torch.arange(float(size)).expand(1, 1, *[size] * dims)
     line = torch.tensor([chunk.mean() for chunk in torch.arange(float(size)).split(2)])
     torch.testing.assert_close(pool(x), line.expand(1, 1, *[-(-size // 2)] * dims))
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [(rb.WSConv2d(3, 4, 3, eps=0.1), "eps=0.1"), (rb.LayerScale(4, 0.5), "initial=0.5"), (rb.Gated(4), "start=-2.0")],
+    ids=lambda value: type(value).__name__,
+)
+def test_settings_that_change_the_result_are_in_the_repr_which_config_compares(layer, said):
+    assert said in layer.extra_repr()
