@@ -94,7 +94,8 @@ class WeightStandardised(nn.modules.conv._ConvNd):
         return out
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, eps={self.eps}"
+        torchs: Any = super()  # its method has no types
+        return f"{torchs.extra_repr()}, eps={self.eps}"
 
 
 class WSConv1d(WeightStandardised, nn.Conv1d):
