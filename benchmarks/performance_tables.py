@@ -33,14 +33,46 @@ def train_memory() -> Table:
 
 def train_time() -> Table:
     """Time of a step over the baseline's."""
+    found = [{**case, "size": f"{case['size']} pixels"} for case in cases("train_step", "time")]
+    return turns(found, "ratio", "size")
+
+
+def dense_time() -> Table:
+    """Time of a DenseNet's step over torchvision's."""
+    return turns(cases("dense_memory", "time"), "ratio", "layout")
+
+
+def inference() -> Table:
+    """How much faster than torchvision each contestant answers, and how far from it the answers are at most."""
+    found = cases("inference", "cases")
+    header, rows, align = turns(found, "speedup")
+    for row, case in zip(rows, found, strict=True):
+        wrong = "".join(f", wrong: {name}" for name, of in case["rows"].items() if not of["right"])
+        row.append(f"{max(of['error'] for of in case['rows'].values()):.0e}{wrong}")
+    return [*header, "largest error"], rows, align + "r"
+
+
+def cases(name: str, key: str) -> list[dict[str, Any]]:
+    """The timed cases of a result, those of one dtype and processor together."""
+    found: list[dict[str, Any]] = read(name)[key]
+    return sorted(found, key=lambda case: (case["dtype"] != "float32", case["environment"]["device"]))
+
+
+def turns(found: list[dict[str, Any]], measure: str, *names: str) -> Table:
+    """A row a case, a column a contestant, ours last: median (min to max) of its ratios, 1 for the baseline."""
+    contestants = dict.fromkeys(name for case in found for name in case["rows"])
+    columns = sorted(contestants, key=lambda name: name.startswith("resblocks"))
     rows = []
-    for case in read("train_step")["time"]:
-        for name, row in case["rows"].items():
-            pixels = {**case, "size": f"{case['size']} pixels"}
-            rows.append(
-                [f"`{case['net']}`", conditions(pixels, "size"), name, *spread(row), str(len(row["cpu_seconds"]))]
-            )
-    return ["net", "setting", "training step of", "min", "median", "max", "rounds"], rows, "lllrrrr"
+    for case in found:
+        baseline, *others = case["rows"]
+        cells = {baseline: "1"}
+        for name in others:
+            low, median, high = spread(case["rows"][name], measure)
+            cells[name] = f"{median} ({low} to {high})"
+        rounds = len(case["rows"][baseline]["seconds" if measure == "speedup" else "cpu_seconds"])
+        said = [f"`{case['net']}`", conditions(case, *names)]
+        rows.append([*said, *(cells.get(name, "") for name in columns), str(rounds)])
+    return ["net", "setting", *columns, "rounds"], rows, "ll" + "r" * (len(columns) + 1)
 
 
 def small_maps() -> Table:
@@ -77,13 +109,14 @@ def scaling() -> Table:
     return header, rows, "lrrrrr"
 
 
-def spread(row: dict[str, Any]) -> list[str]:
-    return [f"{row[f'ratio_{what}']:.2f}" for what in ("min", "median", "max")]
+def spread(row: dict[str, Any], measure: str = "ratio") -> list[str]:
+    return [f"{row[f'{measure}_{what}']:.2f}" for what in ("min", "median", "max")]
 
 
 TABLES = {
     "train-memory": train_memory,
     "train-time": train_time,
+    "dense-time": dense_time,
     "small-maps": small_maps,
     "import-time": import_time,
     "scaling": scaling,

@@ -22,7 +22,7 @@ import compat
 import options
 import performance_tables
 import runs
-from peers import conditions, verdict
+from peers import verdict
 
 from resblocks import DenseNet, ResNet
 from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION
@@ -86,35 +86,16 @@ def dense_memory_table() -> str:
     return table(header, rows, "llrrrl")
 
 
-def dense_time_table() -> str:
-    """Time of a training step over torchvision's, of each contestant in each setting."""
-    result = json.loads((RESULTS / "dense_memory_cpu_2026-11.json").read_text(encoding="utf-8"))
-    rows = []
-    for case in result["time"]:
-        for name, found in case["rows"].items():
-            ratios = [f"{found[key]:.2f}" for key in ("ratio_min", "ratio_median", "ratio_max")]
-            rows.append([f"`{case['net']}`", conditions(case, "layout"), name, *ratios, str(len(found["cpu_seconds"]))])
-    return table(["net", "setting", "training step of", "min", "median", "max", "rounds"], rows, "lllrrrr")
-
-
 def inference_table() -> str:
     """How much faster than torchvision each contestant answers, and what it was measured with."""
-    path = RESULTS / "inference_cpu_2026-11.json"
-    rows: list[list[str]] = []
     commits: dict[str, dict[str, None]] = {}  # of each machine, in order
-    for case in json.loads(path.read_text(encoding="utf-8"))["cases"]:
-        for name, found in case["rows"].items():
-            ratios = [f"{found[f'speedup_{what}']:.2f}" for what in ("min", "median", "max")]
-            error = f"{found['error']:.0e}" if found["error"] else "0"
-            said = [f"`{case['net']}`", conditions(case), name, *ratios, str(len(found["seconds"]))]
-            rows.append([*said, error if found["right"] else f"{error}, wrong"])
+    for case in performance_tables.read("inference")["cases"]:
         environment = case["environment"]
         versions = ", ".join(f"{key} {environment['versions'][key]}" for key in ("torch", "torchvision"))
         commits.setdefault(f"{environment['device']}, {versions}", {})[environment["commit"][:9]] = None
-    header = ["net", "setting", "contestant", "min", "median", "max", "rounds", "error"]
-    made = "; ".join(f"{where}, commit {', '.join(names)}" for where, names in commits.items())
-    said = f"\n{made}; every round: `{path.relative_to(ROOT).as_posix()}`.\n"
-    return table(header, rows, "lllrrrrr") + said
+    made_with = "; ".join(f"{where}, commit {', '.join(names)}" for where, names in commits.items())
+    said = f"\n{made_with}; every round: `benchmarks/results/inference_cpu_2026-11.json`.\n"
+    return made(performance_tables.inference) + said
 
 
 def made(parts: Callable[[], performance_tables.Table]) -> str:
@@ -216,7 +197,6 @@ TABLES = {
     "names-torchvision": partial(names_table, "torchvision"),
     "options": options_table,
     "dense-memory": dense_memory_table,
-    "dense-time": dense_time_table,
     "gradients": gradients_table,
     "recipes": recipes_table,
     "inference": inference_table,

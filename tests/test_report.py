@@ -167,3 +167,25 @@ def test_figures_are_drawn_again_when_a_run_changes(runs: Any) -> None:
 def test_unknown_region_raises(report: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"region must be one of complexity, .*, got 'speed'"):
         report["rewrite"]("<!-- speed:begin -->\n<!-- speed:end -->\n")
+
+
+def test_time_table_has_a_row_a_case_and_a_column_a_contestant(report: dict[str, Any]) -> None:
+    def case(net: str, *names: str) -> dict[str, Any]:
+        row = {"cpu_seconds": [1.0] * 3, "ratio_min": 0.5, "ratio_median": 1.25, "ratio_max": 2}
+        environment = {"device": "cpu (x86_64, AVX2, 2 cores)"}
+        return {
+            "net": net,
+            "batch": 4,
+            "dtype": "float32",
+            "environment": environment,
+            "rows": dict.fromkeys(names, row),
+        }
+
+    cases = [case("one", "torchvision", "resblocks"), case("two", "pytorchcv", "resblocks")]
+    header, rows, align = report["performance_tables"].turns(cases, "ratio")
+    assert header == ["net", "setting", "torchvision", "pytorchcv", "resblocks", "rounds"]
+    assert rows == [
+        ["`one`", "batch 4, float32, AVX2", "1", "", "1.25 (0.50 to 2.00)", "3"],
+        ["`two`", "batch 4, float32, AVX2", "", "1", "1.25 (0.50 to 2.00)", "3"],
+    ]
+    assert len(align) == len(header)
