@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from resblocks.checks import check_positive
 from resblocks.dense import run_block, run_pool
 from resblocks.dense_plan import Memory, check_memory, pool_commutes
 from resblocks.layers import avg_pool, named
-from resblocks.options import BlockLayers, BlockOptions, LayerOptions, Layers, check_positive
+from resblocks.options import BlockLayers, BlockOptions, LayerOptions, Layers
 from resblocks.residual import Concat, Residual
 from resblocks.shortcuts import make_shortcut
 
@@ -339,11 +340,15 @@ def check_growth(in_channels: int, out_channels: int, stride: int) -> int:
     return out_channels - in_channels
 
 
+NOT_DENSE = ("attention", "shortcut", "downsample", "drop_path", "scale", "merge")
+DENSE_OPTIONS = [name for name in BlockOptions.__annotations__ if name not in NOT_DENSE]
+
+
 def dense_layers(options: BlockOptions) -> BlockLayers:
     """The layers of a dense block, refusing the options that have no meaning where the merge is a concatenation."""
-    for name in ("attention", "shortcut", "downsample", "drop_path", "scale", "merge"):
-        if name in options:
-            raise ValueError(f"{name} has no meaning in a dense block, which concatenates, got {options[name]!r}")
+    for name, value in options.items():
+        if name in NOT_DENSE:
+            raise ValueError(f"{name} has no meaning in a dense block, which concatenates, got {value!r}")
     return BlockLayers(**options)
 
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from resblocks.checks import check_input_size
 from resblocks.lesions import Lesion as Lesion
 from resblocks.lesions import LesionStudy as LesionStudy
 from resblocks.lesions import lesion_curve as lesion_curve
 from resblocks.lesions import lesion_study as lesion_study
-from resblocks.options import check_input_size, explained
+from resblocks.options import explained
 from resblocks.residual import Residual, residuals, some_residuals
 from resblocks.undisturbed import eager, hooked, restored, unwrapped
 
@@ -153,14 +154,14 @@ def gradient_flow(net: nn.Module) -> list[GradientFlow]:
 
     `mean_abs` is the mean of the absolute values, `norm` the Euclidean norm, `std` the standard deviation over the
     entries. Weights without a gradient are left out: frozen ones, and the shortcuts of blocks whose skip is off. A
-    weight under a parametrization (`torch.nn.utils.parametrizations`) is told by the parameters it is made of. Under a
-    gradient scaler, unscale first.
+    weight that is computed, by a parametrization or pruning, is told by the parameters it is made of. Under a gradient
+    scaler, unscale first.
 
     Raises:
         ValueError: no such weight has a gradient.
     """
     rows = []
-    for name, weight in _weights(net):
+    for name, weight in _weights(unwrapped(net)):
         if weight.grad is None:
             continue
         grad = _wide(weight.grad)
@@ -175,12 +176,12 @@ def gradient_flow(net: nn.Module) -> list[GradientFlow]:
 
 
 def _weights(net: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The weights of convolutions and linear layers by name, or what a parametrization makes them of."""
+    """The weights of convolutions and linear layers by name, or what parametrizations and hooks make them of."""
     for prefix, layer in net.named_modules():
         if isinstance(layer, (_ConvNd, nn.Linear)):
             at = "parametrizations.weight" if is_parametrized(layer, "weight") else ""
             for name, parameter in layer.get_submodule(at).named_parameters(recurse=False):
-                if at or name == "weight":
+                if at or name in ("weight", "weight_orig", "weight_g", "weight_v"):
                     yield ".".join(filter(None, (prefix, at, name))), parameter
 
 
@@ -321,8 +322,11 @@ def _count_on_meta(
 
     check_input_size(input_size)
     net = unwrapped(net)
-    if isinstance(net, torch.jit.ScriptModule):
-        raise ValueError(f"net must be a module in Python, got a traced or scripted one, {type(net).__name__}")
+    for name, module in net.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"net must be a module in Python, got a traced or scripted one, {name or 'the net itself'}"
+            )
     # Copies of the tensors on the meta device stand in for the net's own: no arithmetic, no memory, no buffer written.
     # One name for a module that has several: torch would put back, by the second, the stand-in of the first.
     tensors = {
@@ -331,7 +335,8 @@ def _count_on_meta(
         for tensors_of in (module.named_parameters, module.named_buffers)
         for name, tensor in tensors_of(prefix, recurse=False, remove_duplicate=False)
     }
-    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.get_default_dtype())
+    inexact = (t.dtype for t in tensors.values() if t.is_floating_point() or t.is_complex())
+    dtype = next(inexact, torch.get_default_dtype())
     x = torch.empty(1, *input_size, dtype=dtype, device="meta")
     counter = FlopCounterMode(display=False)
     meters = {name: _Meter(counter.get_total_flops) for name in parts}

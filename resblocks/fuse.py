@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from resblocks.blocks import DenseBlock, Transition
+from resblocks.checks import check_input_size
 from resblocks.dense_plan import dense_branch, pool_commutes, window
 from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, FusedStage
 from resblocks.layers import (
@@ -24,7 +25,7 @@ from resblocks.layers import (
     convolution,
     running_affine,
 )
-from resblocks.options import check_input_size, explained
+from resblocks.options import explained
 from resblocks.residual import Add, Residual, keeps_forward
 from resblocks.undisturbed import hooked
 from resblocks.watched import is_watched

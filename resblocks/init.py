@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
 
 def init_layer(layer: nn.Module) -> None:
@@ -14,8 +16,40 @@ def init_layer(layer: nn.Module) -> None:
 
     Without a bias a norm follows, and fan out keeps the size of the gradient (but for groups, which torch's fan out
     does not know, as in torchvision); a biased convolution has no norm behind it, and fan in keeps the size of the
-    map, which would fade over many layers.
+    map, which would fade over many layers. A weight that is computed, by a parametrization or pruning, is drawn like
+    any other.
     """
+    if parametrize.is_parametrized(layer, "weight"):
+        with torch.no_grad(), parametrize.cached():
+            _draw(layer)  # into the computed weight, which the cache keeps
+            drawn: Any = layer.weight
+            drawn = drawn.clone()
+        if _can_be_set(layer.get_submodule("parametrizations.weight")):
+            layer.weight = drawn
+        return
+    original = layer._parameters.get("weight_orig")
+    if original is not None:  # what hooks of torch.nn.utils.prune and spectral_norm compute the weight from
+        layer.weight = original.detach()
+    _draw(layer)
+
+
+def draws_all(module: nn.Module) -> bool:
+    """Whether `init_layers` draws every parameter of the module, so that what its constructor drew does not count."""
+    return all(_is_drawn(layer) for layer in module.modules())
+
+
+def _is_drawn(layer: nn.Module) -> bool:
+    if isinstance(layer, parametrize.ParametrizationList):
+        return _can_be_set(layer)
+    own = [name for name, parameter in layer._parameters.items() if parameter is not None]
+    return not own or (callable(getattr(layer, "reset_parameters", None)) and "weight_g" not in own)
+
+
+def _can_be_set(parametrizations: nn.Module) -> bool:
+    return all(hasattr(step, "right_inverse") for step in parametrizations.children())
+
+
+def _draw(layer: nn.Module) -> None:
     reset = getattr(layer, "reset_parameters", None)
     if callable(reset):
         reset()
@@ -68,5 +102,8 @@ def branch_weights(branch: nn.Module, kinds: tuple[str, ...]) -> list[nn.Paramet
     weights = [getattr(branch.get_submodule(name), "weight", None) for name in names]
     found = [weight for weight in weights if isinstance(weight, nn.Parameter)]
     if not found:
-        raise ValueError(f"scale needs a branch with weights in its {' or '.join(kinds)} layers, got {names}")
+        raise ValueError(
+            f"scale needs a branch with weights in its {' or '.join(kinds)} layers that are parameters, not computed "
+            f"by a parametrization or pruning, got {names}"
+        )
     return found

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from resblocks.checks import check_positive, check_probability
 from resblocks.init import branch_weights
 from resblocks.recompute import BATCH_NORMS, INSTANCE_NORMS
 from resblocks.residual import fitting
@@ -19,6 +20,7 @@ from resblocks.watched import is_watched
 # einops looks at the tensor it is given, which torch.fx cannot trace: its calls stay whole in the graph.
 torch.fx.wrap("rearrange")
 torch.fx.wrap("reduce")
+torch.fx.wrap("fitting")  # known by the module whose forward calls it
 
 Layer = Callable[..., nn.Module]
 Family = tuple[Layer, Layer, Layer]  # one layer each for 1D, 2D and 3D data
@@ -123,6 +125,7 @@ def group_norm(channels: int, groups: int | None = None) -> nn.Module:
         groups: None is 32, or half the channels where a group would else have one channel only: that is instance norm,
             which leaves nothing of a map of one position.
     """
+    check_positive(channels=channels, groups=32 if groups is None else groups)
     found = gcd(32 if groups is None else groups, channels)
     return nn.GroupNorm(max(1, found // 2) if groups is None and found == channels else found, channels)
 
@@ -236,6 +239,7 @@ class SE(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
+        check_positive(channels=channels, reduction=reduction)
         hidden = max(channels // reduction, min(8, channels))
         self.reduce = nn.Linear(channels, hidden)
         self.act = nn.ReLU()
@@ -261,6 +265,7 @@ class ECA(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        check_positive(channels=channels)
         size = int(abs(log2(channels) + 1) / 2)
         size += 1 - size % 2
         # A layer of its own kind: the mix of channels is not one of the block's convolutions, which `conv` may replace.
@@ -291,6 +296,9 @@ class CBAM(SE):
 
     def __init__(self, channels: int, dims: int = 2, reduction: int = 16, kernel_size: int = 7) -> None:
         super().__init__(channels, reduction)
+        check_positive(kernel_size=kernel_size)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd to keep the size of the map, got {kernel_size}")
         self.spatial = convolution[dims - 1](2, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -324,8 +332,7 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"drop_path must be at least 0 and below 1, got {p!r}")
+        check_probability(drop_path=p)
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from resblocks.checks import check_sequence
 from resblocks.residual import Residual, Where, skips_off, some_residuals
 from resblocks.undisturbed import eager, hooked, restored
 
@@ -88,6 +89,7 @@ def lesion_curve(
     """
     blocks = list(_candidates(net, part, where).values())
     counts = range(len(blocks) + 1) if counts is None else counts
+    check_sequence(counts=counts)
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
     if any(not 0 <= count <= len(blocks) for count in counts):

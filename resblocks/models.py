@@ -11,8 +11,9 @@ from itertools import chain
 from typing import Any
 
 from resblocks.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, ResNeXtBlock, WideBlock
+from resblocks.checks import check_positive
 from resblocks.nets import BaselineCNN, Block, DenseNet, Network, ResNet
-from resblocks.options import NetOptions, check_positive, refuse_unknown
+from resblocks.options import NetOptions, refuse_unknown
 
 Build = Callable[..., Network]
 
@@ -200,7 +201,7 @@ def name_hint(name: str) -> str:
 
     if name in TIMM:
         return f"it is one of timm's: resblocks.interop.TIMM[{name!r}]() builds it"
-    close = get_close_matches(name, MODELS, n=3)
+    close = get_close_matches(str(name), MODELS, n=3)
     return f"did you mean {', '.join(close)}?" if close else "list_models() shows them all"
 
 

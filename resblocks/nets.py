@@ -11,23 +11,21 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from resblocks.blocks import DenseBlock, Transition
+from resblocks.blocks import DENSE_OPTIONS, NOT_DENSE, DenseBlock, Transition
 from resblocks.chain import run_layers
+from resblocks.checks import check_fraction, check_integer, check_positive, check_probability, check_sequence
 from resblocks.config import check_built, nameless, recorded, with_option
 from resblocks.dense_plan import Memory
 from resblocks.init import init_weights
 from resblocks.layers import Family, Fixup, GlobalAvgPool, Layer, max_pool, named
 from resblocks.options import (
-    BlockOptions,
     LayerOptions,
     Layers,
     NetOptions,
-    check_positive,
-    check_probability,
     refuse_unknown,
 )
 from resblocks.rebuild import ACTIVATIONS, start_rebuild
-from resblocks.residual import Checkpoint, check_skip, residuals
+from resblocks.residual import Checkpoint, check_skip, residuals, set_skip
 from resblocks.stems import Stem, make_stem
 from resblocks.watched import is_traced
 
@@ -104,14 +102,23 @@ class Network(nn.Module):
         check_built(self, call)
         return call
 
+    @property
+    def skip(self) -> bool:
+        """Whether all blocks use their shortcuts; set it to switch all of them, as `resblocks.set_skip` does."""
+        blocks = residuals(self).values()
+        return bool(blocks) and all(block.skip for block in blocks)
+
+    @skip.setter
+    def skip(self, on: bool) -> None:
+        set_skip(self, on)
+
     def reset_head(self, num_classes: int) -> None:
         """Replace the head by a new linear layer, or by nothing with num_classes=0, where and as what the net is.
 
         Raises:
-            ValueError: num_classes below 0.
+            ValueError: num_classes is no integer, or below 0.
         """
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        check_integer(0, num_classes=num_classes)
         self.num_classes = num_classes
         here = next(self.stages.parameters(), torch.empty(0))
         self.head = nn.Identity()
@@ -173,6 +180,7 @@ class Network(nn.Module):
         """
         count = len(self.stages)
         wanted = range(count) if stages is None else stages
+        check_sequence(stages=wanted)
         for stage in wanted:
             if not 0 <= stage < count:
                 raise ValueError(f"stages must be from 0 to {count - 1}, got {stage}")
@@ -236,6 +244,7 @@ class ResNet(Network):
         skip: bool = True,
         **options: Unpack[NetOptions],
     ) -> None:
+        check_sequence(depths=depths)
         strides = [1] + [2] * (len(depths) - 1) if strides is None else strides
         check_stages(depths=depths, widths=widths, strides=strides)
         check_probability(drop_path=drop_path)
@@ -303,11 +312,10 @@ class DenseNet(Network):
         memory: Memory = "shared",
         **options: Unpack[NetOptions],
     ) -> None:
-        refuse_foreign(DenseNet, options, BlockOptions)
+        refuse_foreign(DenseNet, [name for name in options if name not in NOT_DENSE], DENSE_OPTIONS)
         check_stages(depths=depths)
         check_positive(growth_rate=growth_rate)
-        if not 0 < compression <= 1:
-            raise ValueError(f"compression must be above 0 and at most 1, got {compression!r}")
+        check_fraction(compression=compression)
         of_layers = layer_options(options)
         make = Layers(**of_layers)
         channels = 2 * growth_rate if stem_width is None else stem_width
@@ -364,7 +372,7 @@ class BaselineCNN(Network):
         in_channels: int = 3,
         **options: Unpack[LayerOptions],
     ) -> None:
-        refuse_foreign(BaselineCNN, options, LayerOptions)
+        refuse_foreign(BaselineCNN, options, LAYER_OPTIONS)
         check_stages(depths=depths, widths=widths)
         options.setdefault("norm", None)
         make = Layers(**options)
@@ -399,8 +407,10 @@ class StagePlan(NamedTuple):
 
 def plan_stages(strides: Sequence[int], stem_stride: int, output_stride: int | None) -> list[StagePlan]:
     """Turn strides into dilations from where the total stride would pass output_stride (as in torchvision)."""
-    if output_stride is not None and output_stride < stem_stride:
-        raise ValueError(f"output_stride must be at least the stride of the stem, {stem_stride}, got {output_stride}")
+    if output_stride is not None and (type(output_stride) is not int or output_stride < stem_stride):
+        raise ValueError(
+            f"output_stride must be an integer of at least the stride of the stem, {stem_stride}, got {output_stride!r}"
+        )
     plans, total, dilation = [], stem_stride, 1
     for stride in strides:
         first = dilation
@@ -416,6 +426,8 @@ def make_block(block: Block, in_channels: int, width: int, stride: int, options:
 
     But for `dims`, which says what stem and head are made for: who writes a block for 1D or 3D data knows it.
     """
+    if isinstance(block, nn.Module) or not callable(block):
+        raise ValueError(f"block must be a class or callable that makes blocks, got {block!r}")
     name = getattr(unwrap(block), "__name__", repr(block))
     parameters = inspect.signature(block).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -447,10 +459,10 @@ def asked_options(options: NetOptions, *, skip: bool, dilation: int, drop_path: 
     return asked
 
 
-def refuse_foreign(net: type[Network], options: Iterable[str], of_layers: type) -> None:
+def refuse_foreign(net: type[Network], options: Iterable[str], of_layers: Iterable[str]) -> None:
     """Raise TypeError for an option that neither this kind of net nor its layers have, though another's may."""
     taken = [name for name in inspect.signature(net).parameters if name != "options"]
-    refuse_unknown(options, [*taken, *of_layers.__annotations__], net.__name__)
+    refuse_unknown(options, [*taken, *of_layers], net.__name__)
 
 
 def layer_options(options: NetOptions) -> LayerOptions:
@@ -467,6 +479,7 @@ def unwrap(block: Block) -> Block:
 
 def check_stages(**lists: Sequence[int]) -> None:
     """Raise unless the lists have one length of at least 1 and hold integers of at least 1."""
+    check_sequence(**lists)
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         said = ", ".join(f"{length} {name}" for name, length in lengths.items())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from typing import cast
 
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from typing_extensions import TypedDict
 
-from resblocks.init import init_layers
+from resblocks.checks import check_dtype, check_positive, check_probability
+from resblocks.init import draws_all, init_layers
 from resblocks.layers import DropPath, Family, Layer, avg_pool, batch_norm, convolution, instance_norm, max_pool
 from resblocks.residual import Checkpoint
 
@@ -86,8 +88,9 @@ class Layers:
         **unknown: object,
     ) -> None:
         refuse_unknown(unknown, LayerOptions.__annotations__)
-        if dims not in (1, 2, 3):
+        if type(dims) is not int or dims not in (1, 2, 3):
             raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}")
+        check_dtype(dtype)
         self.dims = dims
         self.has_norm = norm is not None
         self._conv, self._norm, self._activation = conv, norm, activation
@@ -101,14 +104,15 @@ class Layers:
             args, kwargs: handed to it.
             option: the name under which the user gave it, for errors.
         """
-        make = layer[self.dims - 1] if isinstance(layer, tuple) else layer
+        make = self._of_dims(layer, option)
         if isinstance(make, nn.Module):
             raise ValueError(f"{option} must be a class or callable that makes layers, got one already made, {make}")
         if not callable(make):
             raise ValueError(f"{option} must be a class or callable that returns a torch.nn.Module, got {make!r}")
         given = (self, *args) if getattr(make, "wants_layers", False) else args
         device = torch.get_default_device() if self._device is None else torch.device(self._device)
-        with device, _rng_kept(device):
+        rewind = _rng_rewind(device)
+        with device:
             try:
                 module = make(*given, **kwargs)
             except (TypeError, ValueError) as error:
@@ -117,14 +121,23 @@ class Layers:
             raise ValueError(f"{option} must return a torch.nn.Module, got {module!r} from {make!r}")
         for child in module.modules():
             _check_dims(child, self.dims, option)
+        if draws_all(module):  # what the constructor drew does not count: init_weights repeats the draw below alone
+            rewind()
         module = module.to(dtype=self._dtype)  # before the draw, so that init_weights draws the same
         with device:
             init_layers(module)
         return module
 
+    def _of_dims(self, layer: Layer | Family, option: str) -> Layer:
+        if not isinstance(layer, tuple):
+            return layer
+        if len(layer) != 3:
+            raise ValueError(f"{option} must be one layer or a triple, for 1D, 2D and 3D, got {layer!r}")
+        return layer[self.dims - 1]
+
     def pooling(self, layer: Layer | Family, channels: int, stride: int, option: str) -> nn.Module:
         """Make what reduces the resolution of so many channels by the stride."""
-        make = layer[self.dims - 1] if isinstance(layer, tuple) else layer
+        make = self._of_dims(layer, option)
         if isinstance(make, type) and issubclass(make, POOLS):
             raise ValueError(
                 f"{option} must take channels and stride, got {make.__name__}, which takes the size of its window: "
@@ -279,20 +292,6 @@ def refuse_unknown(options: Iterable[str], known: Iterable[str], taker: str = ""
         raise TypeError(f"{fault}{hint}; the options are {', '.join(names)}")
 
 
-def check_positive(**arguments: int) -> None:
-    """Raise unless every argument is an integer of at least 1; the message names the argument."""
-    for name, value in arguments.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-
-
-def check_input_size(sizes: object) -> None:
-    """Raise unless they are positive integers, at least one."""
-    fits = isinstance(sizes, Sequence) and bool(sizes) and all(isinstance(size, int) and size > 0 for size in sizes)
-    if not fits:
-        raise ValueError(f"input_size must be positive integers, one sample without the batch, got {sizes!r}")
-
-
 @contextmanager
 def explained(net: nn.Module, input_size: Sequence[int]) -> Iterator[None]:
     """Say of an error in the net's forward which input size it was given, and what the net reads first."""
@@ -308,18 +307,20 @@ def explained(net: nn.Module, input_size: Sequence[int]) -> Iterator[None]:
         ) from error
 
 
-def check_probability(**arguments: float) -> None:
-    """Raise unless every argument is at least 0 and below 1; the message names the argument."""
-    for name, value in arguments.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
-
-
-def _rng_kept(device: torch.device) -> AbstractContextManager[None]:
-    # What a constructor draws does not count: init_layer draws again, in the order that init_weights repeats.
+def _rng_rewind(device: torch.device) -> Callable[[], None]:
+    """What sets the random generators back to where they stand now: the CPU's and the device's."""
+    on_cpu = torch.get_rng_state()
     if device.type in ("cpu", "meta"):
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)
+        return partial(torch.set_rng_state, on_cpu)
+    generators = torch.get_device_module(device)
+    where = () if device.type == "mps" else (device,)  # of which there is one
+    on_device = generators.get_rng_state(*where)
+
+    def rewind() -> None:
+        torch.set_rng_state(on_cpu)
+        generators.set_rng_state(on_device, *where)
+
+    return rewind
 
 
 def _check_dims(module: nn.Module, dims: int, option: str) -> None:

@@ -15,6 +15,7 @@ from resblocks.chain import activate, ends_fresh, is_silent, run_layers
 from resblocks.init import init_weights
 from resblocks.rebuild import Rebuild, has_pair, start_rebuild
 from resblocks.recompute import recompute
+from resblocks.undisturbed import unwrapped
 from resblocks.watched import is_traced, is_watched
 
 Checkpoint: TypeAlias = bool | Literal["norms"]
@@ -81,9 +82,9 @@ class Residual(nn.Module):
     Shape: that of the parts; with the defaults the branch must keep the shape of its input.
 
     Raises:
-        ValueError: `skip=False` together with a shortcut, merge, drop path or scale (a plain block that starts at
-            zero puts out zeros for ever, since its weights get no gradient); a part that begins with a layer that
-            works in place, and would write over what the others read.
+        ValueError: a part that is no module; `skip=False` together with a shortcut, merge, drop path or scale (a plain
+            block that starts at zero puts out zeros for ever, since its weights get no gradient); a part that begins
+            with a layer that works in place, and would write over what the others read.
 
     Example:
         >>> block = Residual(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
@@ -105,6 +106,7 @@ class Residual(nn.Module):
         skip: bool = True,
     ) -> None:
         super().__init__()
+        check_parts(branch, shortcut=shortcut, preact=preact, merge=merge, act=act, scale=scale, drop_path=drop_path)
         check_checkpoint(checkpoint)
         check_skip(skip)
         for name, part in {"shortcut": shortcut, "scale": scale, "drop_path": drop_path, "merge": merge}.items():
@@ -241,6 +243,13 @@ def identity_if_none(module: nn.Module | None) -> nn.Module:
     return nn.Identity() if module is None else module
 
 
+def check_parts(branch: object, **others: object) -> None:
+    """Raise unless the parts of a block are modules, or None for those that may be absent."""
+    for name, part in {"branch": branch, **others}.items():
+        if not (isinstance(part, nn.Module) or (part is None and name != "branch")):
+            raise ValueError(f"{name} must be a torch.nn.Module{'' if name == 'branch' else ' or None'}, got {part!r}")
+
+
 def check_checkpoint(checkpoint: object) -> None:
     """Raise unless the mode of a block exists."""
     if checkpoint not in (False, True, "norms"):
@@ -269,7 +278,9 @@ def check_switch(block: Residual, on: bool, name: str = "") -> None:
 
 
 def residuals(net: nn.Module, where: Where | None = None) -> dict[str, Residual]:
-    """The residual blocks of a net by name, in order, nested ones included; `torch.compile` changes no name.
+    """The residual blocks of a net by name, in order, nested ones included.
+
+    Names are those inside the wrappers of `torch.compile`, of data-parallel training and of weight averaging.
 
     Args:
         where: which blocks: a predicate `where(name, block)`, or a shell pattern that the name matches, "stages.3.*";
@@ -280,7 +291,9 @@ def residuals(net: nn.Module, where: Where | None = None) -> dict[str, Residual]
     """
     if not (where is None or isinstance(where, str) or callable(where)):
         raise ValueError(f"where must be a predicate of name and block, a shell pattern or None, got {where!r}")
-    found = {plain_name(name): module for name, module in net.named_modules() if isinstance(module, Residual)}
+    found = {
+        plain_name(name): module for name, module in unwrapped(net).named_modules() if isinstance(module, Residual)
+    }
     return {name: block for name, block in found.items() if is_chosen(name, block, where)}
 
 

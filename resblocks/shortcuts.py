@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from resblocks.checks import check_positive
 from resblocks.layers import average_downsample, named
-from resblocks.options import BlockLayers, check_positive
+from resblocks.options import BlockLayers
 
 
 class ZeroPad(nn.Module):

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _MaxUnpoolNd
 
+from resblocks.checks import check_positive
 from resblocks.layers import Family, Layer, max_pool, named
-from resblocks.options import Layers, check_positive
+from resblocks.options import Layers
 
 Stem = str | Callable[[int, int], nn.Module]
 STEMS = ("imagenet", "cifar", "deep", "tiered")

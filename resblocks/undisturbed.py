@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 
 
 @contextmanager
@@ -27,16 +29,22 @@ def eager() -> AbstractContextManager[None]:
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
-    """The net inside the wrappers of `torch.compile` and of data-parallel training."""
-    while isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or "_orig_mod" in net._modules:
+    """The net inside the wrappers of `torch.compile`, of data-parallel training and of weight averaging."""
+    while isinstance(net, WRAPPERS) or "_orig_mod" in net._modules:
         net = cast(nn.Module, net._modules["_orig_mod" if "_orig_mod" in net._modules else "module"])
     return net
 
 
 @contextmanager
 def restored(net: nn.Module) -> Iterator[None]:
-    """Put every module's training flag and every buffer's value back on leaving."""
+    """Put back on leaving every module's training flag, every buffer's value and what hooks compute as attributes."""
     training = {module: module.training for module in net.modules()}
+    computed = [
+        (module, name, value)
+        for module in training
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in training
@@ -47,6 +55,8 @@ def restored(net: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
+        for module, name, value in computed:
+            setattr(module, name, value)
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 setattr(module, name, buffer.copy_(value))

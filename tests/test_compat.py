@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import resblocks as rb
 from resblocks import create_model, set_skip
 
 COMPAT: dict[str, Any] = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "compat.py"))
@@ -85,6 +86,13 @@ def test_switched_net_is_traced_as_it_stands() -> None:
     assert not torch.allclose(plain, residual)
     torch.testing.assert_close(traced(x), plain)
     torch.testing.assert_close(exported(x), plain)
+
+
+@pytest.mark.parametrize("merge", [rb.gated, rb.WeightedAdd])
+def test_learned_merges_are_traced(merge: Any) -> None:
+    net = create_model("resnet20", merge=merge).eval()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -133,7 +133,7 @@ def test_input_size_that_the_net_does_not_take_is_named(count: Any, input_size: 
         count(small_net(), input_size)
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel])
 def test_net_inside_a_wrapper_is_counted(wrap: Any) -> None:
     net = small_net()
     assert count_macs(wrap(net), (3, 8, 8)) == count_macs(net, (3, 8, 8))
@@ -145,6 +145,25 @@ def test_traced_net_is_not_counted() -> None:
     net = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
     with pytest.raises(ValueError, match="net must be a module in Python, got a traced or scripted one"):
         count_macs(net, (2,))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_net_with_a_traced_part_is_not_counted() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)))
+    with pytest.raises(ValueError, match="net must be a module in Python, got a traced or scripted one, 1"):
+        summary(net, (2,))
+
+
+def test_counting_leaves_pruned_weights_for_the_next_round() -> None:
+    net, other = nn.Linear(8, 8), nn.Linear(8, 8)
+    other.load_state_dict(net.state_dict())
+    for layer in (net, other):
+        for _ in range(2):
+            nn.utils.prune.l1_unstructured(layer, "weight", 0.4)
+            if layer is net:
+                assert count_macs(layer, (8,)) == 64
+    assert net.weight.device.type == "cpu"
+    assert torch.equal(net.weight_mask, other.weight_mask)
 
 
 def test_summary_has_a_row_for_each_block_and_the_rows_add_up() -> None:
@@ -236,6 +255,14 @@ def test_gradient_flow_reads_what_a_parametrised_weight_is_made_of(parametrise: 
     rows = gradient_flow(net)
     assert [row.name for row in rows] == names
     assert [row.norm for row in rows] == pytest.approx([float(net.get_parameter(name).grad.norm()) for name in names])
+
+
+def test_gradient_flow_reads_pruned_layers_and_inside_wrappers() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    nn.utils.prune.identity(net[0], "weight")
+    nn.DataParallel(net)(torch.ones(1, 2)).sum().backward()
+    assert [row.name for row in gradient_flow(net)] == ["0.weight_orig", "1.weight"]
+    assert gradient_flow(nn.DataParallel(net)) == gradient_flow(net)
 
 
 def test_gradient_flow_of_a_single_layer_has_a_plain_name() -> None:
@@ -438,6 +465,11 @@ def test_lesion_curve_agrees_with_the_study_of_single_blocks() -> None:
 def test_lesion_curve_of_what_cannot_be_raises(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lesion_curve(small_net(), lambda net: 0.0, **options)
+
+
+def test_lesion_counts_that_are_no_list_are_named() -> None:
+    with pytest.raises(ValueError, match="counts must be a list or another sequence, got 3"):
+        lesion_curve(small_net(), lambda net: 0.0, 3)  # type: ignore[arg-type]
 
 
 def test_lesion_of_an_unknown_part_raises() -> None:

@@ -169,7 +169,7 @@ def test_head_can_be_replaced_or_left_out():
     net.reset_head(0)
     torch.testing.assert_close(net.eval()(x), net.forward_features(x).mean((2, 3)))
     assert small(num_classes=0)(image(3)).shape == (3, 16)
-    with pytest.raises(ValueError, match="num_classes must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="num_classes must be an integer of at least 0, got -1"):
         net.reset_head(-1)
 
 
@@ -331,6 +331,67 @@ def test_layers_of_ones_own_start_by_their_own_rule():
         net.init_weights()
 
 
+class OwnConv(nn.Module):
+    """A convolution of a user that draws its weight when it is made, and has no reset_parameters."""
+
+    def __init__(self, inside: int, outside: int, size: int, stride: int = 1, padding: int = 0, **rest) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outside, inside, size, size) * 0.1)
+        self.moves = stride, padding
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight, None, *self.moves)
+
+
+def legacy_weight_norm(*args, **options):
+    return nn.utils.weight_norm(nn.Conv2d(*args, **options))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("conv", [OwnConv, legacy_weight_norm])
+def test_layers_that_cannot_be_drawn_anew_keep_draws_of_their_own(conv):
+    net = small(conv=conv)
+    block, other = net.stages[0][0].branch, BasicBlock(8, 8, conv=conv).branch
+    assert not torch.equal(block.conv1.weight, block.conv2.weight)
+    assert not torch.equal(block.conv1.weight, other.conv1.weight)
+
+
+def computed(kind):
+    """A convolution with a weight that is computed, of that kind."""
+    prune = partial(nn.utils.prune.random_unstructured, name="weight", amount=0.0)
+    norms = nn.utils.parametrizations
+    wrap = {"weight_norm": norms.weight_norm, "spectral_norm": norms.spectral_norm, "pruned": prune}[kind]
+    return lambda *args, **options: wrap(nn.Conv2d(*args, **options))
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "pruned"])
+def test_computed_weights_are_drawn_like_others(kind):
+    torch.manual_seed(0)
+    plain = small()
+    for fresh in (small(conv=computed(kind)), small(conv=computed(kind))):
+        torch.manual_seed(0)
+        fresh.init_weights()
+        x = image(3, 8)
+        torch.testing.assert_close(fresh.eval()(x), plain.eval()(x))
+
+
+def test_scale_names_weights_that_it_cannot_set():
+    with pytest.raises(ValueError, match="that are parameters, not computed by a parametrization or pruning"):
+        BasicBlock(8, 8, norm=None, scale=rb.ZeroInit, conv=computed("weight_norm"))
+
+
+def test_skip_of_a_net_is_that_of_its_blocks():
+    net = small()
+    assert net.skip
+    net.skip = False
+    assert [block.skip for block in rb.residuals(net).values()] == [False, False]
+    assert not net.skip
+    with pytest.raises(ValueError, match="skip must be True or False, got 0"):
+        net.skip = 0
+    with pytest.raises(ValueError, match="cannot be switched on: it was built with skip=False"):
+        small(skip=False).skip = True
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_init_weights_repeats_construction_in_any_dtype(dtype):
     torch.manual_seed(0)
@@ -419,9 +480,19 @@ def test_block_without_parameters_makes_a_net():
         (lambda: small(stem="vgg"), "stem must be one of imagenet, cifar, deep, tiered or a callable, got 'vgg'"),
         (lambda: small(drop_path=1.0), "drop_path must be at least 0 and below 1, got 1.0"),
         (lambda: small(drop_path=0.1, skip=False), "drop_path must be None with skip=False"),
-        (lambda: small(stem="imagenet", output_stride=2), "output_stride must be at least the stride of the stem, 4"),
+        (lambda: small(stem="imagenet", output_stride=2), "output_stride must be .* at least the stride of the stem"),
         (lambda: small(in_channels=0), "in_channels must be an integer of at least 1, got 0"),
-        (lambda: small(num_classes=-1), "num_classes must be at least 0, got -1"),
+        (lambda: small(num_classes=-1), "num_classes must be an integer of at least 0, got -1"),
+        (lambda: small(num_classes=2.5), "num_classes must be an integer of at least 0, got 2.5"),
+        (lambda: small(num_classes=True), "num_classes must be an integer of at least 0, got True"),
+        (lambda: ResNet(BasicBlock, 3, (8, 8, 8)), "depths must be a list or another sequence, got 3"),
+        (lambda: ResNet(BasicBlock, (1,), "8"), "widths must be a list or another sequence, got '8'"),
+        (lambda: small(BasicBlock(3, 3)), "block must be a class or callable that makes blocks, got BasicBlock"),
+        (lambda: small("BasicBlock"), "block must be a class or callable that makes blocks, got 'BasicBlock'"),
+        (lambda: small(output_stride=2.5), "output_stride must be an integer of at least the stride of the stem, 1"),
+        (lambda: create_model(None), "name must be one of the .* named nets, got None"),
+        (lambda: small().features(image(3, 8), 1), "stages must be a list or another sequence, got 1"),
+        (lambda: DenseNet(compression="a"), "compression must be above 0 and at most 1, got 'a'"),
         (lambda: DenseNet(compression=0), r"compression must be above 0 and at most 1, got 0"),
         (lambda: DenseNet(growth_rate=0), "growth_rate must be an integer of at least 1, got 0"),
         (lambda: BaselineCNN((1,), (8, 8)), "got 1 depths, 2 widths"),

@@ -283,3 +283,24 @@ def test_layout_of_the_sum_does_not_depend_on_who_looks_on():
     unseen = block(x)
     block.merge.register_forward_hook(lambda *_: None)
     assert block(x).stride() == unseen.stride()
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ({"branch": None}, "branch must be a torch.nn.Module, got None"),
+        ({"branch": nn.ReLU}, "branch must be a torch.nn.Module, got <class"),
+        ({"act": torch.relu}, "act must be a torch.nn.Module or None, got <built-in method relu"),
+        ({"shortcut": "A"}, "shortcut must be a torch.nn.Module or None, got 'A'"),
+        ({"drop_path": 0.1}, "drop_path must be a torch.nn.Module or None, got 0.1"),
+    ],
+)
+def test_parts_that_are_no_modules_are_named(parts, text):
+    with pytest.raises(ValueError, match=text):
+        Residual(**{"branch": nn.Linear(2, 2), **parts})
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_names_of_blocks_are_those_inside_wrappers(wrap):
+    net = wrap(nn.Sequential(Residual(nn.Linear(2, 2)), Residual(nn.Linear(2, 2))))
+    assert set_skip(net, False, where="1*") == ["1"]

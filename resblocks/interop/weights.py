@@ -259,8 +259,10 @@ def find_names(net: nn.Module, given: Mapping[str, Tensor], vocabulary: str | No
     best = max(spoken, key=lambda names: len(given.keys() & set(names.theirs.values())))
     if vocabulary is None and not given.keys() & set(best.theirs.values()):
         tried = ", ".join(dict.fromkeys(names.vocabulary for names in spoken))
+        first, *others = {key.partition(".")[0] for key in given} or {""}
+        hint = "" if others else f"; all begin with '{first}.': take that off, if it is what the net was called"
         raise ValueError(
-            f"source must have the names of {tried} for this net, got {len(given)} keys such as {list(given)[:3]}"
+            f"source must have the names of {tried} for this net, got {len(given)} keys such as {list(given)[:3]}{hint}"
         )
     return best
 

@@ -1,0 +1,53 @@
+"""What arguments must be: errors that name the argument, the rule and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def check_positive(**arguments: object) -> None:
+    """Raise unless every argument is an integer of at least 1."""
+    check_integer(1, **arguments)
+
+
+def check_integer(least: int, **arguments: object) -> None:
+    """Raise unless every argument is an integer of at least so much; True and False are none."""
+    for name, value in arguments.items():
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_probability(**arguments: object) -> None:
+    """Raise unless every argument is at least 0 and below 1."""
+    for name, value in arguments.items():
+        if not (isinstance(value, (int, float)) and 0 <= value < 1):
+            raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
+
+
+def check_fraction(**arguments: object) -> None:
+    """Raise unless every argument is above 0 and at most 1."""
+    for name, value in arguments.items():
+        if not (isinstance(value, (int, float)) and 0 < value <= 1):
+            raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise unless weights can have it, or it is None."""
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex))):
+        raise ValueError(f"dtype must be a torch.dtype of floating point numbers or None, got {dtype!r}")
+
+
+def check_sequence(**arguments: object) -> None:
+    """Raise unless every argument holds several values, and is no string."""
+    for name, value in arguments.items():
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ValueError(f"{name} must be a list or another sequence, got {value!r}")
+
+
+def check_input_size(sizes: object) -> None:
+    """Raise unless they are positive integers, at least one."""
+    fits = isinstance(sizes, Sequence) and bool(sizes) and all(isinstance(size, int) and size > 0 for size in sizes)
+    if not fits:
+        raise ValueError(f"input_size must be positive integers, one sample without the batch, got {sizes!r}")
