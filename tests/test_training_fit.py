@@ -53,6 +53,7 @@ from resblocks.training.files import write_json
 from resblocks.training.loop import Loop
 from resblocks.training.meter import Meter
 from resblocks.training.ranks import Ranks
+from resblocks.training.result import title
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10_resnet18.py"
 
@@ -787,3 +788,22 @@ def test_step_asks_the_device_nothing(clip: float) -> None:
         assert reads.seen == []
         loop.meter.values[0].item()
     assert reads.seen == ["_local_scalar_dense"]  # the counter counts
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet18_noskip", "ResNet-18 without skips"),
+        ("baseline_cnn_bn", "Baseline CNN with batch norm"),
+        ("baseline_cnn_20", "Baseline CNN-20"),
+        ("preact_resnet110", "Pre-activation ResNet-110"),
+        ("wrn_28_10", "WRN-28-10"),
+        ("resnext29_8x64d", "ResNeXt-29, 8x64d"),
+        ("densenet_bc_100_12", "DenseNet-BC (L=100, k=12)"),
+        ("densenet_40_12", "DenseNet (L=40, k=12)"),
+        ("densenet121", "DenseNet-121"),
+        ("mine", "mine"),
+    ],
+)
+def test_titles_are_as_the_papers_write_them(name, words):
+    assert title(name) == words

@@ -8,16 +8,26 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-TITLES = {
-    "baseline_cnn": "Baseline CNN",
-    "baseline_cnn_bn": "Baseline CNN with batch norm",
+TITLES = {  # as the papers write the names
+    r"^baseline_cnn_(\d+)": r"Baseline CNN-\1",
+    r"^baseline_cnn": "Baseline CNN",
+    r"^densenet(\d+)": r"DenseNet-\1",
+    r"^resnet(\d+)": r"ResNet-\1",
+    r"^preact_resnet(\d+)": r"Pre-activation ResNet-\1",
+    r"^wrn_(\d+)_(\d+)": r"WRN-\1-\2",
+    r"^resnext(\d+)_(\d+x\d+d)": r"ResNeXt-\1, \2",
+    r"^densenet_bc_(\d+)_(\d+)": r"DenseNet-BC (L=\1, k=\2)",
+    r"^densenet_(\d+)_(\d+)": r"DenseNet (L=\1, k=\2)",
+    r"_noskip": " without skips",
+    r"_bn$": " with batch norm",
 }
 
 
 def title(variant: str) -> str:
     """A variant in words."""
-    said = re.sub(r"^resnet(\d+)", r"ResNet-\1", variant)
-    return TITLES.get(variant) or said.replace("_noskip", " without skips").replace("_bn", " with batch norm")
+    for name, words in TITLES.items():
+        variant = re.sub(name, words, variant)
+    return variant
 
 
 @dataclass
