@@ -87,8 +87,7 @@ def harness_step(
     labels = torch.arange(IMAGES) % 10
     dataset = Dataset("noise", tuple("0123456789"), images, labels, images[:10], labels[:10])
     recipe = get_recipe("r26", batch_size=batch, lr=1e-3)
-    how = {"compile": mode is not None, "compile_mode": mode or "default", "graph": graph}
-    loop = Loop(net, dataset, recipe, 0, device, dtype, Ranks(), **how)
+    loop = Loop(net, dataset, recipe, 0, device, dtype, Ranks(), compile_mode=mode, graph=graph)
     return lambda: loop.train_step(0)
 
 

@@ -12,12 +12,17 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
 
 
-def check_compile_mode(mode: str, compile: bool) -> None:
-    """Raise where the mode does not exist or would not be used."""
+def pick_compile_mode(compile: bool, mode: str) -> str | None:
+    """The mode of torch.compile, or None for a net that runs as it is.
+
+    Raises:
+        ValueError: the mode does not exist or would not be used.
+    """
     if mode not in COMPILE_MODES:
         raise ValueError(f"compile_mode must be one of {', '.join(COMPILE_MODES)}, got {mode!r}")
     if mode != "default" and not compile:
         raise ValueError(f"compile_mode must be default without compile=True, got {mode!r}")
+    return mode if compile else None
 
 
 def pick_device(device: str = "auto", local_rank: int = 0) -> torch.device:

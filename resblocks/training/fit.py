@@ -11,7 +11,9 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from torch import nn
 from .check import check_net
 from .checkpoint import list_checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights
 from .data import Dataset
-from .device import check_compile_mode, cudnn_search, current_device, pick_device, pick_precision
+from .device import cudnn_search, current_device, pick_compile_mode, pick_device, pick_precision
 from .environment import environment
 from .files import FolderLock, remove_leftovers, write_json
 from .folder import check_same, check_settings, claim, read_finished, run_settings
@@ -87,12 +89,9 @@ def fit(
         Interrupted: SIGTERM or Ctrl-C, after the step is done and saved (a SystemExit with status 143 or 130).
     """
     ranks, out = ranks or Ranks(), Path(out)
-    check_compile_mode(compile_mode, compile)
-    for option, value in {"checkpoint_steps": checkpoint_steps, "checkpoint_seconds": checkpoint_seconds}.items():
-        if not value >= 0:  # nor NaN
-            raise ValueError(f"{option} must be at least 0, got {value}")
-    if not any(weight.requires_grad for weight in net.parameters()):
-        raise ValueError("net must have a parameter to train, got none with requires_grad=True")
+    mode = pick_compile_mode(compile, compile_mode)
+    _check_checkpoints(checkpoint_steps=checkpoint_steps, checkpoint_seconds=checkpoint_seconds)
+    _check_trainable(net)
     picked = pick_device(device, ranks.local_rank)
     dtype = pick_precision(precision, picked)
     rounding = {"precision": str(dtype).removeprefix("torch."), "channels_last": channels_last}
@@ -109,64 +108,67 @@ def fit(
         check_same(ranks.gather({**settings, "gradients": gradients, "checkpoint_steps": checkpoint_steps}))
         settings = ranks.first(lambda: check_settings(out, settings))
         if done := ranks.first(lambda: read_finished(out)):
-            net.to(picked).eval()
-            ranks.first(lambda: load_weights(out / "weights.safetensors", net))  # other nodes may have other disks
-            ranks.broadcast_(list(net.state_dict().values()))
+            _load_finished(net.to(picked), out, ranks)
             return done
         if small_maps:
             stack.enter_context(small_map_products(net))
         if picked.type == "cuda":
             stack.enter_context(cudnn_search(deterministic))
-        loop = Loop(
-            net,
-            dataset,
-            recipe,
-            seed,
-            picked,
-            dtype,
-            ranks,
-            compile=compile,
-            compile_mode=compile_mode,
-            channels_last=channels_last,
-            graph=graph,
-        )
+        how: dict[str, Any] = {"compile_mode": mode, "graph": graph, "channels_last": channels_last}
+        loop = Loop(net, dataset, recipe, seed, picked, dtype, ranks, **how)
         check_net(loop, dataset)
         ranks.first(lambda: claim(out, settings))
         params = sum(weight.numel() for weight in net.parameters())
         images = {"train": len(dataset.train_images), "eval": len(dataset.test_images)}
-        options = {"compile": compile_mode if compile else None, "graph": graph, "deterministic": deterministic}
+        options = {"compile": mode, "graph": graph, "deterministic": deterministic}
         made_with = environment(picked, ranks.size, images=images, **options)
         result = Result(name, params, settings, made_with, model=model)
         log = RunLog(out, name, active=ranks.is_first, progress=progress, tensorboard=tensorboard)
         stack.callback(log.close)
-        run = _Run(
-            loop, result, out, log, stack.enter_context(Signals()), gradients, checkpoint_steps, checkpoint_seconds
-        )
-        done = run.train()
+        signals = stack.enter_context(Signals())
+        _Run(loop, result, out, log, signals, gradients, checkpoint_steps, checkpoint_seconds).train()
         net.eval()
-        return done
+        return result
 
 
+def _check_checkpoints(**options: float) -> None:
+    for option, value in options.items():
+        if not value >= 0:  # nor NaN
+            raise ValueError(f"{option} must be at least 0, got {value}")
+
+
+def _check_trainable(net: nn.Module) -> None:
+    if not any(weight.requires_grad for weight in net.parameters()):
+        raise ValueError("net must have a parameter to train, got none with requires_grad=True")
+
+
+def _load_finished(net: nn.Module, out: Path, ranks: Ranks) -> None:
+    ranks.first(lambda: load_weights(out / "weights.safetensors", net))  # other nodes may have other disks
+    ranks.broadcast_(list(net.state_dict().values()))
+    net.eval()
+
+
+@dataclass
 class _Run:
     """The course of a run: steps, epochs, checkpoints, and the ways in which it can end early."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        result: Result,
-        out: Path,
-        log: RunLog,
-        signals: Signals,
-        gradients: bool,
-        checkpoint_steps: int,
-        checkpoint_seconds: float,
-    ) -> None:
-        self.loop, self.result, self.out, self.log, self.signals = loop, result, out, log, signals
-        self.gradients, self.checkpoint_steps, self.checkpoint_seconds = gradients, checkpoint_steps, checkpoint_seconds
-        self.ranks = loop.ranks
-        self.step, self.seconds, self.saved_at = 0, 0.0, time.monotonic()  # seconds: of this epoch's training so far
+    loop: Loop
+    result: Result
+    out: Path
+    log: RunLog
+    signals: Signals
+    gradients: bool
+    checkpoint_steps: int
+    checkpoint_seconds: float
+    step: int = 0
+    seconds: float = 0.0  # of this epoch's training so far
+    saved_at: float = field(default_factory=time.monotonic)
 
-    def train(self) -> Result:
+    @property
+    def ranks(self) -> Ranks:
+        return self.loop.ranks
+
+    def train(self) -> None:
         """What is to be done next follows from (step, finished epochs) alone, so a resumed run cannot go astray."""
         loop, result = self.loop, self.result
         with self.explained():
@@ -183,7 +185,6 @@ class _Run:
             (late,) = self.ranks.max(self.signals.number)
         if late:  # too late to stop this run, and not to be lost on a caller who has more to run
             raise Interrupted(128 + late)
-        return result
 
     def train_step(self) -> None:
         started = time.monotonic()
@@ -209,28 +210,15 @@ class _Run:
         self.seconds += time.monotonic() - started
         if math.isfinite(bad):
             self.diverge()
-        started = time.monotonic()
-        evaluated = loop.evaluate(stop=lambda: self.signals.number != 0)
-        if evaluated is None:
-            self.save()
-            self.interrupt(self.signals.number)
-            return
-        epoch = len(self.result.epochs) + 1
-        if not math.isfinite(evaluated[0]):
-            self.log.event("diverged", step=self.step)
-            name = self.result.name
-            raise Diverged(f"the evaluation loss of {name} was infinite or NaN after epoch {epoch} {self.advice()}")
         record = {
-            "epoch": epoch,
+            "epoch": len(self.result.epochs) + 1,
             "step": self.step,
             "lr": loop.recipe.lr_at(self.step - 1, loop.total_steps),
             "train_loss": loss / images,
             "train_accuracy_percent": 100 * correct / images,
-            "eval_loss": evaluated[0],
-            "eval_accuracy_percent": evaluated[1],
+            **self.evaluate(),
             "images_per_second": images / self.seconds,
             "seconds": self.seconds,
-            "eval_seconds": time.monotonic() - started,
         }
         self.result.epochs.append(record)
         if self.gradients:
@@ -238,9 +226,27 @@ class _Run:
         loop.meter.reset()
         self.seconds = 0.0
         self.save()
-        taken = sum(epoch["seconds"] + epoch["eval_seconds"] for epoch in self.result.epochs)
-        left = taken / len(self.result.epochs) * (loop.recipe.epochs - len(self.result.epochs))
-        self.log.epoch(record, loop.recipe.epochs, self.result.settings["dataset"]["split"], left)
+        self.log.epoch(record, loop.recipe.epochs, self.result.settings["dataset"]["split"], self.seconds_left())
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy, unless a signal stops the run or they say that it diverged."""
+        started = time.monotonic()
+        evaluated = self.loop.evaluate(stop=lambda: self.signals.number != 0)
+        if evaluated is None:
+            self.save()
+            self.interrupt(self.signals.number)
+        loss, accuracy = evaluated
+        if not math.isfinite(loss):
+            self.log.event("diverged", step=self.step)
+            name, epoch = self.result.name, len(self.result.epochs) + 1
+            raise Diverged(f"the evaluation loss of {name} was infinite or NaN after epoch {epoch} {self.advice()}")
+        seconds = time.monotonic() - started
+        return {"eval_loss": loss, "eval_accuracy_percent": accuracy, "eval_seconds": seconds}
+
+    def seconds_left(self) -> float:
+        epochs = self.result.epochs
+        taken: float = sum(epoch["seconds"] + epoch["eval_seconds"] for epoch in epochs)
+        return taken / len(epochs) * (self.loop.recipe.epochs - len(epochs))
 
     def total(self) -> tuple[float, float, float, float]:
         """The epoch's sums over all ranks."""
@@ -308,7 +314,7 @@ class _Run:
             epoch = f"{len(self.result.epochs) + 1}/{self.loop.recipe.epochs}"
             self.log.step(self.step, epoch, loss / images, 100 * correct / images, rate)
 
-    def interrupt(self, number: int) -> None:
+    def interrupt(self, number: int) -> NoReturn:
         name = signal.Signals(number).name
         self.log.event("interrupt", step=self.step, signal=name)
         self.log.say(
@@ -316,7 +322,7 @@ class _Run:
         )
         raise Interrupted(128 + number)
 
-    def diverge(self) -> None:
+    def diverge(self) -> NoReturn:
         step = int(self.loop.meter.read()[3])
         lr, epoch = self.loop.recipe.lr_at(step, self.loop.total_steps), step // self.loop.steps_per_epoch + 1
         self.log.event("diverged", step=step, lr=lr)

@@ -27,6 +27,10 @@ GRADIENT_IMAGES = 128  # of the training set, the same ones every time
 class Loop:
     """A net on a device with its data and its optimizer; step `s` is a function of (net before it, recipe, seed, s).
 
+    Args:
+        compile_mode: of torch.compile; None leaves the net as it is.
+        graph: replay each step as one CUDA graph.
+
     Raises:
         ValueError: batch size, ranks, images and augmentation do not go together.
     """
@@ -41,10 +45,9 @@ class Loop:
         dtype: torch.dtype,
         ranks: Ranks,
         *,
-        compile: bool = False,
-        compile_mode: str = "default",
-        channels_last: bool = True,
+        compile_mode: str | None = None,
         graph: bool = False,
+        channels_last: bool = True,
     ) -> None:
         images = len(dataset.train_images)
         if recipe.batch_size > images:
@@ -64,10 +67,11 @@ class Loop:
         self._order_of: tuple[int, Tensor] | None = None
 
         self.net = net.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.replays = compile and compile_mode != "default"  # CUDA graphs, whose results the next replay writes over
+        # CUDA graphs, whose results the next replay writes over
+        self.replays = compile_mode not in (None, "default")
         if graph:
             check_graph(device, ranks.size, self.replays, recipe.start_scale)
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(net, mode=compile_mode) if compile else net
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(net, mode=compile_mode) if compile_mode else net
         self.model: Callable[[Tensor], Tensor] = self.forward
         if ranks.on:
             on_gpu = device.type == "cuda"
