@@ -4,7 +4,7 @@
     python benchmarks/compat.py --nets "resnet18*" --checks compile onnx
 
 Each check builds the net, treats it, and raises where the result differs from the untreated net by more than the
-precision explains. The table in docs/interop.md is made of the file that this writes; tests/test_compat.py runs the
+precision explains. The table in docs/tools.md is made of the file that this writes; tests/test_compat.py runs the
 same checks on small nets.
 """
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import resblocks as rb
-from resblocks.config import from_config
+from resblocks.config import from_config, to_config
 from resblocks.fuse import fuse
 from resblocks.layers import CBAM, ECA, SE, LayerScale, WSConv2d, blur_downsample, group_norm
 from resblocks.models import MODELS
@@ -355,7 +355,7 @@ def check_fsdp(build: Build) -> None:
 def distributed(way: str, build: Build) -> None:
     """Start two ranks that build the net from its config, and raise what they say."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--rank-of", way, "--config", json.dumps(build().config)]
+        command = [sys.executable, __file__, "--rank-of", way, "--config", json.dumps(to_config(build()))]
         address = f"file://{folder}/ranks"
         ranks = [
             subprocess.Popen([*command, "--rank", str(rank), "--init", address], stderr=subprocess.PIPE, text=True)

@@ -231,15 +231,15 @@ def draw(depths: dict[str, Any], path: Path) -> None:
         right.annotate(
             f"{ratios[-1]:.1f}x", (x[-1], ratios[-1]), (5, -3), textcoords="offset points", color=colour, fontsize=8
         )
-    left.set(yscale="log", xlabel="layers", ylabel="peak MiB per image")
-    right.set(xlabel="layers", ylabel="times less than plain torchvision", ylim=(0, None))
+    left.set(xscale="log", yscale="log", xlabel="layers", ylabel="peak, MiB per image", xlim=(26, 560))
+    right.set(xlabel="layers", ylabel="torchvision's peak over it", xlim=(0, 430), ylim=(0, None))
     for axes in (left, right):
-        axes.set_xticks(x)
+        axes.set_xticks(x, [str(depth) for depth in x])
+        axes.minorticks_off()
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-        axes.set_xlim(0, 430)
         axes.spines[["top", "right"]].set_visible(False)
-    right.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, loc="upper left")
+    left.legend(fontsize=8, frameon=False, loc="upper left")
     figure.suptitle("Training DenseNet-BC (k = 12) on 32x32 images, batch 64, float32", fontsize=10)
     figure.savefig(path, dpi=130)
 

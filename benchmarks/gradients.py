@@ -84,9 +84,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     left.axhline(1, color="#999999", lw=0.8)
     left.set(title="First convolution of stage 1 over its last one", xlabel="layers", yscale="log", xticks=depths)
     left.set_ylabel("ratio of mean |gradient|")
-    left.legend(frameon=False, fontsize=8)
-    right.set(title=f"{depths[-1]} layers, relative to the last convolution", xlabel="layer, from input to output")
-    right.set_yscale("log")
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside upper center")
+    right.set(
+        title=f"{depths[-1]} layers, relative to the last convolution", xlabel="layer, the last is the classifier"
+    )
+    right.set(yscale="log", xticks=depths, xlim=(1 - 3, depths[-1] + 3))
     figure.savefig(path, dpi=150)
 
 

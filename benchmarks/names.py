@@ -5,7 +5,7 @@
 
 Weights and affine parameters are random, statistics are those of two passes. A pair that is further apart in float32
 than rounding explains is compared again in float64, which tells rounding from a difference. The table in
-docs/interop.md is made of the file that this writes.
+docs/names.md is made of the file that this writes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of options in docs/options.md: each value is built, run and differentiated in every block and every dims.
+"""The table of options in docs/options.md: each value is built, run and differentiated in every block, in 1D to 3D.
 
 python benchmarks/report.py    # writes it
 """
@@ -72,23 +72,23 @@ def works(block: Any, dims: int, options: dict[str, Any]) -> bool:
     return True
 
 
+def works_in_all_dims(block: Any, options: dict[str, Any]) -> bool:
+    """Whether the block takes the options in 1D, 2D and 3D; they must be the same to it."""
+    found = {works(block, dims, options) for dims in (1, 2, 3)}
+    if len(found) > 1:
+        raise RuntimeError(f"{block} takes {options} in some numbers of dimensions only")
+    return found.pop()
+
+
 def rows() -> list[list[str]]:
-    """One row a value: option, value, source, the blocks and the dims that take it."""
-    return [
-        [f"`{option}`", value, source, said(options, BLOCKS), said_dims(options)]
-        for option, value, options, source in VALUES
-    ]
+    """One row a value: option, value, source, the blocks that take it."""
+    return [[f"`{option}`", value, source, said(options, BLOCKS)] for option, value, options, source in VALUES]
 
 
 def said(options: dict[str, Any], blocks: Mapping[str, Any]) -> str:
-    """The blocks that take the options."""
-    taking = [name for name, block in blocks.items() if works(block, 2, options)]
+    """The blocks that take the options, in any number of dimensions."""
+    taking = [name for name, block in blocks.items() if works_in_all_dims(block, options)]
     if len(taking) == len(blocks):
         return "all"
     refusing = [name for name in blocks if name not in taking]
     return f"all but {', '.join(refusing)}" if len(refusing) < len(taking) else ", ".join(taking)
-
-
-def said_dims(options: dict[str, Any]) -> str:
-    """The dims in which some block takes the options; 2D layers given by class are for 2D."""
-    return ", ".join(f"{dims}D" for dims in (1, 2, 3) if works(rb.BasicBlock, dims, options))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import conditions, verdict
+from scaling import CHANGED, CURVES, USUAL
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
@@ -27,8 +28,8 @@ def train_memory() -> Table:
             calls = str(row["extra_calls"])
             rows.append([f"`{net}`", name, *mib, *ratios, calls, verdict(result["gates"][net][name])])
     header = ["net", "training step of", "kept, MiB an image", "peak, MiB an image"]
-    ratios = [f"{what}, over the first's" for what in ("kept", "peak", "allocated in all")]
-    return [*header, *ratios, "operators the first does not call", "gradients and buffers"], rows, "llrrrrrrl"
+    ratios = [f"{what}, ratio" for what in ("kept", "peak", "allocated in all")]
+    return [*header, *ratios, "operators not in the baseline", "gradients and buffers"], rows, "llrrrrrrl"
 
 
 def train_time() -> Table:
@@ -104,7 +105,9 @@ def scaling() -> Table:
     for curve, points in read("scaling")["curves"].items():
         for value, contestants in points.items():
             ratios = [f"{row['peak_ratio']:.3f}" for name, row in contestants.items() if name != "torchvision"]
-            rows.append([curve, value, f"{contestants['torchvision']['peak_bytes'] / MIB:,.0f}", *ratios])
+            (key,) = CURVES[curve]
+            shown = f"**{value}**" if int(value) == USUAL[key] else value
+            rows.append([CHANGED[curve], shown, f"{contestants['torchvision']['peak_bytes'] / MIB:,.0f}", *ratios])
     header = ["changed", "to", "torchvision, MiB", "resblocks", '`checkpoint="norms"`', "`checkpoint=True`"]
     return header, rows, "lrrrrr"
 

@@ -80,7 +80,7 @@ def dense_memory_table() -> str:
         "training step of",
         "peak, MiB an image",
         "kept for backward, MiB an image",
-        "times less",
+        "torchvision's peak over it",
         "buffers",
     ]
     return table(header, rows, "llrrrl")
@@ -104,8 +104,8 @@ def made(parts: Callable[[], performance_tables.Table]) -> str:
 
 
 def options_table() -> str:
-    """Each value of each option with its source and the blocks and dims that take it, found by building them."""
-    return table(["option", "value", "source", "blocks", "dims"], options.rows(), "lllll")
+    """Each value of each option with its source and the blocks that take it, found by building them."""
+    return table(["option", "value", "source", "blocks"], options.rows(), "llll")
 
 
 def names_table(library: str) -> str:

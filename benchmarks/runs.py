@@ -22,7 +22,7 @@ from resblocks.training import Result, draw_figures, get_recipe
 from resblocks.training.figures import draw_depths
 from resblocks.training.files import write_atomic
 from resblocks.training.recipe import whole_recipe
-from resblocks.training.result import title
+from resblocks.training.result import seeds_in_words, title
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = sweep.RUNS
@@ -79,12 +79,15 @@ def section(programme: str) -> str:
     return "\n".join([tables(programme), *(f"{picture}\n" for picture in pictures)])
 
 
-def tables(programme: str) -> str:
-    """A table of each group of runs, and the list of those that diverged."""
+def tables(programme: str, *left_out: str) -> str:
+    """A table of each group of runs without the columns left out, and the list of those that diverged."""
     runs = read(programme)
     if not runs:
         return "Not run yet.\n"
-    parts = [f"{caption(group)}\n\n{table(group)}" for group in groups([run for run in runs if "failed" not in run])]
+    parts = [
+        f"{caption(group)}\n\n{table(group, *left_out)}"
+        for group in groups([run for run in runs if "failed" not in run])
+    ]
     left = len(sweep.PROGRAMMES[programme]) - len(runs)
     if failed := [run for run in runs if "failed" in run]:
         parts.append(
@@ -99,7 +102,7 @@ def tables(programme: str) -> str:
 def caption(group: list[dict[str, Any]]) -> str:
     """What all runs of a table have in common."""
     settings, made_with = group[0]["settings"], environments(group)
-    recipe, seeds = settings["recipe"], sorted({run["settings"]["seed"] for run in group})
+    recipe, seeds = settings["recipe"], seeds_in_words((run["name"], run["settings"]["seed"]) for run in group)
     used = sorted({one["threads"] * one["processes"] for one in made_with})
     threads = f"{' or '.join(map(str, used))} thread{'s' * (used != [1])}"
     commits = sorted({short(one["commit"]) for one in made_with})
@@ -113,12 +116,12 @@ def caption(group: list[dict[str, Any]]) -> str:
     return (
         f"{settings['dataset']['name']}, {settings['dataset']['split']} set, recipe `{recipe['name']}` with "
         f"{recipe['epochs']} epochs of batch {recipe['batch_size']}, {''.join(changed)}{tta}, {settings['precision']}, "
-        f"{''.join(made_so)}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, last epoch; "
+        f"{''.join(made_so)}{seeds}, last epoch; "
         f"{' and '.join(devices)}, {threads}, torch {' and '.join(torches)}, commit {', '.join(commits)}."
     )
 
 
-def table(group: list[dict[str, Any]]) -> str:
+def table(group: list[dict[str, Any]], *left_out: str) -> str:
     """A row for each net: mean and sample standard deviation over its seeds, 95 % interval of the mean."""
     is_cifar10 = re.match(r"CIFAR-10\b", group[0]["settings"]["dataset"]["name"])
     header = ["net", "parameters", "accuracy, %", "95 % interval", "published, %", "loss", "training, s"]
@@ -136,8 +139,9 @@ def table(group: list[dict[str, Any]]) -> str:
             "training, s": mean_and_std([sum(epoch["seconds"] for epoch in run["epochs"]) for run in same], 0),
         }
         rows.append(row)
-    # A column that says nothing is left out.
-    kept = [name for name in header if any(row[name] for row in rows) and (is_cifar10 or name != "published, %")]
+    if not is_cifar10:
+        left_out = (*left_out, "published, %")
+    kept = [name for name in header if name not in left_out and any(row[name] for row in rows)]  # none says nothing
     lines = [kept, ["---", *["---:"] * (len(kept) - 1)], *([row[name] for name in kept] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -239,5 +243,6 @@ def update_figures(check: bool) -> list[str]:
 
 REGIONS: dict[str, Callable[[], str]] = {
     **{f"runs-{programme}": partial(section, programme) for programme in sweep.PROGRAMMES},
-    **{f"runs-{programme}-table": partial(tables, programme) for programme in sweep.PROGRAMMES},
+    # Where times are not explained, they would be compared.
+    **{f"runs-{programme}-table": partial(tables, programme, "training, s") for programme in sweep.PROGRAMMES},
 }

@@ -44,6 +44,12 @@ CURVES: dict[str, dict[str, list[int]]] = {
     "batch": {"batch": [1, 8, 32, 128, 512]},
     "resolution": {"size": [32, 64, 128, 224, 448]},
 }
+CHANGED = {
+    "depth": "bottlenecks in the third stage",
+    "width": "base width of the bottlenecks",
+    "batch": "images in the batch",
+    "resolution": "pixels along the image",
+}
 
 
 def build(contestant: str, third_stage: int, base_width: int) -> nn.Module:
@@ -87,15 +93,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    said = {
-        "depth": "bottlenecks in the third stage",
-        "width": "base width",
-        "batch": "images in the batch",
-        "resolution": "pixels along the image",
-    }
     looks = {
-        "torchvision": ("#777777", "torchvision"),
-        "resblocks": ("#2a6f97", "resblocks"),
+        "resblocks": ("#2a6f97", "torchvision and resblocks"),
         "resblocks norms": ("#d08770", 'checkpoint="norms"'),
         "resblocks checkpoint": ("#01497c", "checkpoint=True"),
     }
@@ -104,9 +103,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         x = [int(value) for value in points]
         for contestant, (colour, label) in looks.items():
             ratios = [rows[contestant]["peak_ratio"] for rows in points.values()]
-            dashes = (0, (4, 4)) if contestant == "torchvision" else "-"
-            axes.plot(x, ratios, linestyle=dashes, marker="o", markersize=3.5, color=colour, label=label, alpha=0.9)
-        axes.set(xscale="log", xlabel=said[name], ylim=(0, 1.1))
+            axes.plot(x, ratios, marker="o", markersize=3.5, color=colour, label=label)
+        axes.set(xscale="log", xlabel=CHANGED[name], ylim=(0, 1.1))
         axes.set_xticks(x, [str(value) for value in x])
         axes.minorticks_off()
         axes.tick_params(labelsize=8)

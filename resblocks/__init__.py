@@ -11,7 +11,7 @@ from resblocks.blocks import (
     Transition,
     WideBlock,
 )
-from resblocks.config import from_config
+from resblocks.config import from_config, to_config
 from resblocks.init import init_weights
 from resblocks.layers import (
     CBAM,
@@ -94,5 +94,6 @@ __all__ = [
     "residuals",
     "set_skip",
     "skips_off",
+    "to_config",
     "weight_standardised",
 ]

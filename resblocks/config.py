@@ -13,32 +13,49 @@ from torch import nn
 
 from resblocks.recompute import BATCH_NORMS
 from resblocks.residual import Residual
+from resblocks.undisturbed import unwrapped
 
 # Where the names of a config may come from: what is imported from there builds nets and does nothing else.
 MODULES = ("resblocks.nets", "resblocks.blocks", "resblocks.layers", "resblocks.shortcuts", "resblocks.interop.names")
 
 
-def to_config(value: Any) -> Any:
-    """A call or one of its arguments as plain JSON.
+def to_config(net: nn.Module) -> dict[str, Any]:
+    """The call that builds a net, as plain JSON; `from_config` makes it.
 
-    A class or function is `{"name": "resblocks.blocks:Bottleneck"}`, a partial has "args" and "options" besides, and
-    what has no importable name (a lambda, a module that is already made) is `{"nameless": ...}` with its repr.
+    It holds the arguments of the constructor, with the head that the net has now. The net may be inside the wrappers of
+    `torch.compile`, of data-parallel training and of weight averaging.
+
+    Raises:
+        ValueError: no net of resblocks; an argument without an importable name, such as a lambda; a head that
+            `reset_head` did not make; a net that was changed otherwise, which the call would not build: layers
+            replaced, fused or frozen, skips switched.
+
+    Example:
+        >>> from resblocks import create_model
+        >>> to_config(create_model("resnet20", num_classes=7))["options"]["num_classes"]
+        7
     """
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [to_config(item) for item in value]
-    if isinstance(value, partial):
-        options = {name: to_config(option) for name, option in value.keywords.items()}
-        return {**_name(value.func), "args": [to_config(item) for item in value.args], "options": options}
-    return _name(value)
+    net = unwrapped(net)
+    if "built_by" not in vars(net):
+        raise ValueError(f"net must be made by a class of resblocks.nets or of its kind, got {type(net).__name__}")
+    call: dict[str, Any] = vars(net)["built_by"]
+    if unsaid := nameless(call):
+        raise ValueError(f"config needs arguments that can be imported by name, got {', '.join(unsaid)}")
+    head: Any = net.head
+    outputs = 0 if isinstance(head, nn.Identity) else getattr(head, "out_features", None)
+    if outputs != net.num_classes:
+        raise ValueError(f"config needs a head that reset_head made, with {net.num_classes} outputs, got {head}")
+    if outputs != net._built_classes:
+        call = with_option(call, type(net), "num_classes", outputs)
+    check_built(net, call)
+    return call
 
 
 def from_config(config: dict[str, Any], *, trust: Sequence[str] = ()) -> Any:
     """Build the net of a config again, with weights drawn anew.
 
     Args:
-        config: of a net, as `net.config` says it.
+        config: of a net, by `to_config`.
         trust: modules of your own, whose names the config may hold; a config from a stranger could else run anything.
 
     Raises:
@@ -47,10 +64,26 @@ def from_config(config: dict[str, Any], *, trust: Sequence[str] = ()) -> Any:
     Example:
         >>> from resblocks import create_model
         >>> net = create_model("resnet20", num_classes=7)
-        >>> from_config(net.config).num_classes
+        >>> from_config(to_config(net)).num_classes
         7
     """
     return _value(config, tuple(trust))()
+
+
+def plain(value: Any) -> Any:
+    """A call or one of its arguments as plain JSON.
+
+    A class or function is `{"name": "resblocks.blocks:Bottleneck"}`, a partial has "args" and "options" besides, and
+    what has no importable name (a lambda, a module that is already made) is `{"nameless": ...}` with its repr.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, partial):
+        options = {name: plain(option) for name, option in value.keywords.items()}
+        return {**_name(value.func), "args": [plain(item) for item in value.args], "options": options}
+    return _name(value)
 
 
 def recorded(init: Callable[..., None]) -> Callable[..., None]:
@@ -61,7 +94,7 @@ def recorded(init: Callable[..., None]) -> Callable[..., None]:
         if "built_by" not in self.__dict__:
             where = {"device"}  # where a net is made is no part of what it is
             said = {name: option for name, option in options.items() if name not in where}
-            self.__dict__["built_by"] = to_config(partial(type(self), *args, **said))
+            self.__dict__["built_by"] = plain(partial(type(self), *args, **said))
         init(self, *args, **options)
 
     return record

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from resblocks.dense_plan import Layer, Memory, Moments, Plan, Step, may_pool, plan_block, window
+from resblocks.dense_plan import Memory, Moments, Plan, PlannedLayer, Step, may_pool, plan_block, window
 from resblocks.layers import layout_of, over_positions, running_affine
 
 aten = torch.ops.aten
@@ -156,8 +156,8 @@ class _Block(torch.autograd.Function):
                 mine, saved = saved[len(saved) - count :], saved[: len(saved) - count]
                 found = _backward_layer(layer, weights, mine, maps, new, plan) + found
             dx = maps.finish(slice(0, new.start)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        pairs = zip(found, params, wanted, strict=True)
-        return dx, None, *(found.to(p.dtype) if want and found is not None else None for found, p, want in pairs)
+        triples = zip(found, params, wanted, strict=True)
+        return dx, None, *(grad.to(p.dtype) if want and grad is not None else None for grad, p, want in triples)
 
 
 def _by_layer(
@@ -171,7 +171,7 @@ def _by_layer(
     return ([next(steps) for _ in layer.steps] for layer in plan.layers)
 
 
-def _forward_layer(layer: Layer, weights: list[_Weights], maps: _Maps, new: slice, plan: Plan) -> list[Tensor]:
+def _forward_layer(layer: PlannedLayer, weights: list[_Weights], maps: _Maps, new: slice, plan: Plan) -> list[Tensor]:
     """Write the new maps; return what backward needs of this layer: [mean, rstd, kept input] of step two, [mask]."""
     x, out, saved = maps.x[:, : new.start], maps.x[:, new], []
     affine = maps.affine(weights[0].gamma, weights[0].beta)
@@ -194,7 +194,7 @@ def _forward_layer(layer: Layer, weights: list[_Weights], maps: _Maps, new: slic
 
 
 def _backward_layer(
-    layer: Layer, weights: list[_Weights], saved: list[Tensor], maps: _MapGradients, new: slice, plan: Plan
+    layer: PlannedLayer, weights: list[_Weights], saved: list[Tensor], maps: _MapGradients, new: slice, plan: Plan
 ) -> list[Tensor | None]:
     """Hand the gradient of the new maps on to those before them; return gamma's, beta's and weight's of each step."""
     dy = maps.finish(new).to(plan.compute)

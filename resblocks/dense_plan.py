@@ -24,7 +24,7 @@ class Step(NamedTuple):
     conv: Any
 
 
-class Layer(NamedTuple):
+class PlannedLayer(NamedTuple):
     """A dense layer: one step, or two with the 1x1 convolution first; the probability of its dropout."""
 
     steps: list[Step]
@@ -47,7 +47,7 @@ class Plan:
     `moments` is what forward leaves behind for the running statistics.
     """
 
-    layers: list[Layer]
+    layers: list[PlannedLayer]
     keep: bool
     compute: torch.dtype
     moments: list[Moments] = field(default_factory=list)
@@ -137,7 +137,7 @@ def dense_branch(layer: nn.Module) -> nn.Sequential | None:
     return layer.branch if type(layer.branch) is nn.Sequential else None
 
 
-def _read_layer(layer: nn.Module, dims: int) -> Layer | None:
+def _read_layer(layer: nn.Module, dims: int) -> PlannedLayer | None:
     branch = dense_branch(layer)
     if branch is None or layer.checkpoint:
         return None
@@ -150,7 +150,7 @@ def _read_layer(layer: nn.Module, dims: int) -> Layer | None:
     steps = [Step(norm, conv) for norm, conv in zip(modules[::3], modules[2::3], strict=True)]
     if not all(_is_norm(step.norm, dims) and _is_conv(step.conv, dims) for step in steps):
         return None
-    return Layer(steps, float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)
+    return PlannedLayer(steps, float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)
 
 
 def _is_norm(norm: Any, dims: int) -> bool:

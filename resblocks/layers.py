@@ -332,7 +332,7 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        check_probability(drop_path=p)
+        check_probability(p=p)
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:

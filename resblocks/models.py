@@ -81,7 +81,7 @@ def wide_resnet(depth: int, widen_factor: int, **options: Any) -> ResNet:
     """The wide residual network WRN-depth-widen_factor of 6n + 4 layers (Zagoruyko and Komodakis 2016, table 1).
 
     Args:
-        depth: number of convolutions; the projection of the first block counts as one.
+        depth: number of convolutions, the projections of the three stages among them.
         widen_factor: factor on the widths 16, 32, 64, k of the paper.
         options: of `ResNet`; `dropout=0.3` is the paper's choice for CIFAR-10.
 

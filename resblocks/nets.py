@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from resblocks.blocks import DENSE_OPTIONS, NOT_DENSE, DenseBlock, Transition
 from resblocks.chain import run_layers
 from resblocks.checks import check_fraction, check_integer, check_positive, check_probability, check_sequence
-from resblocks.config import check_built, nameless, recorded, with_option
+from resblocks.config import recorded
 from resblocks.dense_plan import Memory
 from resblocks.init import init_weights
 from resblocks.layers import Family, Fixup, GlobalAvgPool, Layer, max_pool, named
@@ -76,31 +76,6 @@ class Network(nn.Module):
         self._built_classes = num_classes
         for block in residuals(self, lambda _, block: isinstance(block.scale, Fixup)).values():
             block.start_weights()  # once more: only now do they know how many they are
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The call that builds the net, as plain JSON; `resblocks.config.from_config` makes it.
-
-        It holds the arguments of the constructor, with the head that the net has now.
-
-        Raises:
-            ValueError: an argument without an importable name, such as a lambda; a head that `reset_head` did not make;
-                a net that was changed otherwise, which the call would not build: layers replaced, fused or frozen,
-                skips switched.
-        """
-        call: dict[str, Any] = self.__dict__.get("built_by", {"nameless": "a Network without a class of its own"})
-        unsaid = nameless(call)
-        if unsaid:
-            raise ValueError(f"config needs arguments that can be imported by name, got {', '.join(unsaid)}")
-        outputs = 0 if isinstance(self.head, nn.Identity) else getattr(self.head, "out_features", None)
-        if outputs != self.num_classes:
-            raise ValueError(
-                f"config needs a head that reset_head made, with {self.num_classes} outputs, got {self.head}"
-            )
-        if outputs != self._built_classes:
-            call = with_option(call, type(self), "num_classes", outputs)
-        check_built(self, call)
-        return call
 
     @property
     def skip(self) -> bool:
@@ -170,7 +145,7 @@ class Network(nn.Module):
 
         Args:
             x: the input.
-            stages: which stages, counted from 0; None takes all.
+            stages: which stages, counted from 0; None takes all. What comes behind the last of them does not run.
 
         Shape: (N, in_channels, H, W) -> for each stage (N, channels, ceil(H / stride), ceil(W / stride)); the pools
             between the stages of `DenseNet` and `BaselineCNN` round down.
@@ -184,12 +159,14 @@ class Network(nn.Module):
         for stage in wanted:
             if not 0 <= stage < count:
                 raise ValueError(f"stages must be from 0 to {count - 1}, got {stage}")
-        maps = []
+        maps = {}
         x = self._run(self.stem, x)
-        for layers in self.stages:
+        for stage, layers in enumerate([*self.stages][: max(wanted, default=-1) + 1]):
             x = layers(x)
-            maps.append(x)
-        maps[-1] = self._run(self.final, x)
+            if stage == count - 1:
+                x = self._run(self.final, x)
+            if stage in wanted:
+                maps[stage] = x
         return [maps[stage] for stage in wanted]
 
 
@@ -349,7 +326,7 @@ class DenseNet(Network):
 class BaselineCNN(Network):
     """A traditional deep CNN: 3x3 convolutions with activations, max-pooling between stages, no skip (as in VGG).
 
-    Liu and Goh compare with such a net and do not publish its layers; these are ours: the convolutions of the plain
+    Liu and Goh compare with such a net, whose layers are not known to us; these are ours: the convolutions of the plain
     ResNet-18, one in the stem and four in each stage, without batch norm and with pools in place of strides.
 
     Args:

@@ -206,7 +206,8 @@ class BlockLayers(Layers):
         dropout: probability of dropping an element before the last convolution of the branch (Zagoruyko and
             Komodakis 2016, fig. 1d); after it in a dense layer, as torchvision (Huang et al. 2017, sec. 4.2, drop
             after every convolution but the first).
-        shortcut: "A", "B", "C", "D" or a callable of in_channels, out_channels and stride; see `resblocks.shortcuts`.
+        shortcut: "A", "B", "C", "D", "identity" or a callable of in_channels, out_channels and stride; see
+            `resblocks.shortcuts`.
         downsample: class or callable of channels and stride (`average_downsample`, `blur_downsample`) that reduces
             the resolution in place of strided convolutions, in branch and shortcut (D keeps its own average pool);
             None for the strides.

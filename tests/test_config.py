@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import resblocks as rb
-from resblocks.config import from_config, to_config
+from resblocks.config import from_config, plain, to_config
 from resblocks.fuse import fuse
 from resblocks.interop import TIMM, from_pretrained, push_to_hub, save_pretrained
 from resblocks.layers import SE, WSConv2d, blur_downsample, group_norm
@@ -57,30 +57,30 @@ SLOW = ("resnet1202", "preact_resnet1001", "densenet_bc_190_40", "densenet_bc_25
 def test_config_builds_the_net_again(name: str) -> None:
     with torch.device("meta"):
         net = NETS[name]()
-        config = net.config
+        config = to_config(net)
         again = from_config(json.loads(json.dumps(config)))
     assert twins(net, again)
-    assert again.config == config
+    assert to_config(again) == config
 
 
 def test_config_follows_the_head_and_leaves_out_the_device() -> None:
     net = rb.create_model("resnet20", device="cpu")
     net.reset_head(3)
-    assert net.config["options"]["num_classes"] == 3
-    assert "device" not in net.config["options"]
+    assert to_config(net)["options"]["num_classes"] == 3
+    assert "device" not in to_config(net)["options"]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_config_survives_copies(copied: Any) -> None:
     net = rb.create_model("resnet20", attention=SE)
-    assert copied(net).config == net.config
+    assert to_config(copied(net)) == to_config(net)
 
 
 def test_lambda_is_refused_when_asked_not_before() -> None:
     net = rb.create_model("resnet20", norm=lambda channels: nn.GroupNorm(1, channels))
     pickle.dumps(net)
     with pytest.raises(ValueError, match=r"arguments that can be imported by name, got <function .*lambda"):
-        _ = net.config
+        to_config(net)
 
 
 class OwnNet(rb.ResNet):
@@ -92,10 +92,10 @@ class OwnNet(rb.ResNet):
 
 def test_net_of_ones_own_says_its_own_call_and_needs_trust() -> None:
     net = OwnNet(8, num_classes=3)
-    assert net.config == {"name": f"{__name__}:OwnNet", "args": [8], "options": {"num_classes": 3}}
-    assert twins(from_config(net.config, trust=[__name__]), net)
+    assert to_config(net) == {"name": f"{__name__}:OwnNet", "args": [8], "options": {"num_classes": 3}}
+    assert twins(from_config(to_config(net), trust=[__name__]), net)
     with pytest.raises(ValueError, match=r"or of modules given in trust, got '.*:OwnNet'"):
-        from_config(net.config)
+        from_config(to_config(net))
 
 
 class FixedNet(rb.ResNet):
@@ -107,23 +107,23 @@ class FixedNet(rb.ResNet):
 
 @pytest.mark.parametrize("build", [partial(OwnNet, 8, 3), FixedNet])
 def test_config_adds_no_classes_to_the_call(build: Any) -> None:
-    assert twins(from_config(build().config, trust=[__name__]), build())
+    assert twins(from_config(to_config(build()), trust=[__name__]), build())
 
 
 def test_new_head_is_said_where_the_call_gave_the_old_one_or_refused() -> None:
     net, fixed = OwnNet(8, 3), FixedNet()
     net.reset_head(5)
-    assert twins(from_config(net.config, trust=[__name__]), net)
+    assert twins(from_config(to_config(net), trust=[__name__]), net)
     fixed.reset_head(5)
     with pytest.raises(ValueError, match="constructor with num_classes to say num_classes=5, FixedNet has none"):
-        _ = fixed.config
+        to_config(fixed)
 
 
 def test_head_of_ones_own_is_refused() -> None:
     net = rb.create_model("resnet20")
     net.head = nn.Linear(64, 3)
     with pytest.raises(ValueError, match="a head that reset_head made, with 10 outputs, got Linear"):
-        _ = net.config
+        to_config(net)
 
 
 def with_gelu(net: rb.Network) -> rb.Network:
@@ -157,13 +157,30 @@ def with_a_skip_off(net: rb.Network) -> rb.Network:
 def test_config_of_a_net_that_was_changed_is_refused(change: Any, text: str) -> None:
     net = change(rb.create_model("resnet20"))
     with pytest.raises(ValueError, match=text):
-        _ = net.config
+        to_config(net)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", [lambda net: net, fuse, rb.freeze_norm])
+def test_nets_can_be_traced_by_jit(change: Any) -> None:  # which reads every property
+    net, x = change(rb.create_model("resnet20").eval()), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.trace(net, x)(x), net(x))
+
+
+def test_config_is_that_of_the_net_inside_a_wrapper() -> None:
+    net = rb.create_model("resnet20")
+    assert to_config(torch.optim.swa_utils.AveragedModel(net)) == to_config(net)
+
+
+def test_config_of_no_net_of_ours_raises() -> None:
+    with pytest.raises(ValueError, match=r"net must be made by a class of resblocks\.nets or of its kind, got Linear"):
+        to_config(nn.Linear(2, 2))
 
 
 def test_config_draws_no_random_numbers_and_knows_synchronised_norms() -> None:
     net = nn.SyncBatchNorm.convert_sync_batchnorm(rb.create_model("resnet20"))
     before = torch.get_rng_state()
-    assert net.config == rb.create_model("resnet20", device="meta").config
+    assert to_config(net) == to_config(rb.create_model("resnet20", device="meta"))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -177,10 +194,10 @@ class LinearRates(rb.ResNet):
 
 def test_config_of_a_net_that_needs_memory_to_be_built() -> None:
     net = LinearRates()
-    assert net.config["name"].endswith("LinearRates")
+    assert to_config(net)["name"].endswith("LinearRates")
     net.get_submodule("stages.0.0.drop_path").p = 0.2
     with pytest.raises(ValueError, match=r"has DropPath\(p=0\.2\), and its call builds DropPath\(p=0\.05"):
-        _ = net.config
+        to_config(net)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +220,7 @@ def test_constructors_keep_their_signature() -> None:
 
 
 def test_plain_values_stay() -> None:
-    assert to_config([1, 2.5, "A", None, True, (torch.float16,)]) == [
+    assert plain([1, 2.5, "A", None, True, (torch.float16,)]) == [
         1,
         2.5,
         "A",
@@ -223,7 +240,7 @@ def test_saved_net_comes_back(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32, 32)
     net.train()(x)
     save_pretrained(net, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()) == net.config
+    assert json.loads((tmp_path / "config.json").read_text()) == to_config(net)
     again = from_pretrained(tmp_path)
     assert not again.training
     assert torch.equal(again(x), net.eval()(x))
@@ -253,7 +270,7 @@ def test_push_goes_through_the_mixin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub.PyTorchModelHubMixin, "push_to_hub", push)
     net = rb.create_model("resnet20")
     assert push_to_hub(net, "me/resnet20", private=True) == "address"
-    assert pushed == {"repo_id": "me/resnet20", "config": net.config, "private": True}
+    assert pushed == {"repo_id": "me/resnet20", "config": to_config(net), "private": True}
 
 
 def test_missing_client_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_drop_path_drops_by_sample_under_vmap():
 
 @pytest.mark.parametrize("p", [-0.1, 1, 1.5])
 def test_drop_path_out_of_range_raises(p):
-    with pytest.raises(ValueError, match="drop_path must be at least 0 and below 1, got"):
+    with pytest.raises(ValueError, match=r"^p must be at least 0 and below 1, got"):
         rb.DropPath(p)
 
 

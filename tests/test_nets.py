@@ -187,6 +187,14 @@ def test_features_have_the_channels_and_strides_that_the_net_tells(name, size):
         assert features.shape == (1, channels, *[-(-size // stride)] * 2)
 
 
+@pytest.mark.parametrize(("stages", "ran"), [((), 0), ((0,), 1), ((1, 0), 2), (None, 2)])
+def test_features_runs_no_stage_behind_the_last_one_wanted(stages, ran):
+    net, seen = small(), []
+    for stage in net.stages:
+        stage.register_forward_hook(lambda layers, given, out: seen.append(out))
+    assert len(net.features(image(3, 8), stages)) == ran == len(seen)
+
+
 def test_features_picks_stages_in_the_order_asked_for():
     net, x = small().eval(), image(3)
     first, last = net.features(x)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from scipy import stats
 
+from resblocks.training.result import seeds_in_words
+
 REPORT = Path(__file__).parent.parent / "benchmarks" / "report.py"
 
 
@@ -81,6 +83,25 @@ def test_table_shows_the_last_epoch_of_all_seeds(runs: Any) -> None:
         "| 0.250 ± 0.000 (n=2) | 7 ± 0 (n=2) |"
     ) in text
     assert "have not been made" not in text
+
+
+def test_table_of_the_readme_compares_no_times(runs: Any) -> None:
+    write(runs, finished("resnet18", 0, 90.0))
+    assert "training, s" in runs.tables("tiny")
+    assert "training, s" not in runs.tables("tiny", "training, s")
+
+
+@pytest.mark.parametrize(
+    ("seeds", "words"),
+    [
+        ({"one": [0]}, "seed 0"),
+        ({"one": [1, 0], "two": [0, 1]}, "seeds 0, 1"),
+        ({"one": [0, 1, 2], "two": [0]}, "1 to 3 seeds a net"),
+        ({"one": [0], "two": [1]}, "1 seed a net"),
+    ],
+)
+def test_seeds_are_said_of_all_nets_or_counted(seeds: dict[str, list[int]], words: str) -> None:
+    assert seeds_in_words((net, seed) for net, own in seeds.items() for seed in own) == words
 
 
 def test_interval_is_students(runs: Any) -> None:

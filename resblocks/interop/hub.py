@@ -1,4 +1,4 @@
-"""Nets on the Hugging Face Hub: weights as safetensors, config.json as `net.config`, through the hub's own mixin."""
+"""Nets on the Hugging Face Hub: weights as safetensors, config.json by `to_config`, through the hub's own mixin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from resblocks.config import from_config
+from resblocks.config import from_config, to_config
 from resblocks.interop.weights import load
 from resblocks.nets import Network
 
@@ -23,10 +23,10 @@ def save_pretrained(net: Network, folder: str | Path, **options: Any) -> None:
         options: of `huggingface_hub.PyTorchModelHubMixin.save_pretrained`: repo_id, push_to_hub, ...
 
     Raises:
-        ValueError: a net without a config, as `net.config` says: fused, frozen, switched, ...
+        ValueError: a net without a config, as `to_config` says: fused, frozen, switched, ...
         ModuleNotFoundError: huggingface_hub is not installed.
     """
-    config = net.config
+    config = to_config(net)
     _hub_net()(**config, module=net).save_pretrained(folder, config=config, **options)
 
 
@@ -39,7 +39,7 @@ def push_to_hub(net: Network, repo_id: str, **options: Any) -> str:
 
     Raises: as `save_pretrained`.
     """
-    config = net.config
+    config = to_config(net)
     url: str = _hub_net()(**config, module=net).push_to_hub(repo_id, config=config, **options)
     return url
 

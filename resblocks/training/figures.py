@@ -9,7 +9,7 @@ from typing import Any
 
 from .extras import require
 from .files import write_atomic
-from .result import Result, title
+from .result import Result, seeds_in_words, title
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the line style and the marker repeat what they say.
 _LOOKS: dict[str, dict[str, Any]] = {
@@ -137,7 +137,8 @@ def _gradients(results: Sequence[Result]) -> Any:
             _line(axes, layers, list(zip(*sizes, strict=True)), _look(seeds[0], index, len(layers)))
         epoch = results[0].gradients[moment]["epoch"]
         title = "At initialisation" if epoch == 0 else f"After {epoch} epoch{'s' if epoch > 1 else ''}"
-        axes.set(title=title, xlabel="layer, from input to output", yscale="log")
+        axes.set(title=title, xlabel="layer, the last is the classifier", yscale="log")
+        axes.set_xlim(left=0.5)
         _whole_numbers(axes)
     panels[0].set_ylabel("mean |gradient| of the weights")
     return _finish(figure, panels[0], results)
@@ -182,9 +183,8 @@ def _finish(figure: Any, axes: Any, results: Sequence[Result]) -> Any:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), handlelength=3)
     settings = results[0].settings
-    seeds = sorted({result.settings["seed"] for result in results})
-    about = f"{settings['dataset']['name']}, recipe {settings['recipe']['name']}, "
-    about += f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    seeds = seeds_in_words((result.name, result.settings["seed"]) for result in results)
+    about = f"{settings['dataset']['name']}, recipe {settings['recipe']['name']}, {seeds}"
     figure.supxlabel(about, fontsize=7, color="#555555", x=0.99, ha="right")
     return figure
 

@@ -69,17 +69,27 @@ def fit(
 
     Args:
         net: with the weights to start from; at the end it holds the trained ones, on `device`, in evaluation mode.
+        dataset: images and labels, of `load_dataset` or your own.
+        recipe: how to train, of `get_recipe` or your own.
         out: folder of this run: checkpoints, log.jsonl, weights.safetensors, result.json. One run at a time.
+        name: of the net in tables, figures and messages.
         seed: of order, augmentation and dropout; that of the initial weights is the caller's affair. Only a net with
             the same ones is given a finished run's result; a stopped run goes on from its checkpoint.
-        device: auto, cpu, cuda, cuda:1, ... precision: auto, float32, bfloat16 (autocast).
-        small_maps: on the CPU run 3x3 convolutions with small output maps as matrix products where that was measured to
-            be faster; equal up to rounding, see `resblocks.training.small_maps`.
+        device: auto, cpu, cuda, cuda:1, ...
+        precision: float32, bfloat16 (autocast), or auto, bfloat16 where the hardware has it.
+        compile: run the net through torch.compile.
         compile_mode: of torch.compile: default, reduce-overhead (CUDA graphs of forward and backward), max-autotune.
         graph: on one GPU replay each step as one CUDA graph, with or without `compile`; equal up to rounding.
+        channels_last: memory format of weights and images.
+        small_maps: on the CPU run 3x3 convolutions with small output maps as matrix products where that was measured to
+            be faster; equal up to rounding, see `resblocks.training.small_maps`.
         deterministic: on CUDA choose deterministic convolutions, slower; the CPU's always are.
         gradients: record the gradient by layer at the start and after each epoch; it does not change the training.
-        checkpoint_steps: also after so many steps (0: only by time). checkpoint_seconds: also after so much time.
+        checkpoint_steps: save a checkpoint also after so many steps, not only after each epoch; 0: do not.
+        checkpoint_seconds: save one also after so much time.
+        progress: a bar on a terminal, plain lines elsewhere; False says nothing.
+        tensorboard: also write TensorBoard logs (extra `tensorboard`).
+        ranks: the processes that train together; None is this one alone.
 
     Raises:
         ValueError: settings that cannot work or differ between processes, a net that does not fit the data, or `out`
@@ -217,7 +227,7 @@ class _Run:
             "train_loss": loss / images,
             "train_accuracy_percent": 100 * correct / images,
             **self.evaluate(),
-            "images_per_second": images / self.seconds,
+            "images_per_second": self.rate(images),
             "seconds": self.seconds,
         }
         self.result.epochs.append(record)
@@ -242,6 +252,10 @@ class _Run:
             raise Diverged(f"the evaluation loss of {name} was infinite or NaN after epoch {epoch} {self.advice()}")
         seconds = time.monotonic() - started
         return {"eval_loss": loss, "eval_accuracy_percent": accuracy, "eval_seconds": seconds}
+
+    def rate(self, images: float) -> float:
+        """Images a second of this epoch's training."""
+        return images / max(self.seconds, 1e-9)
 
     def seconds_left(self) -> float:
         epochs = self.result.epochs
@@ -310,9 +324,10 @@ class _Run:
         loss, correct, images, _ = self.loop.meter.peek()
         if images:
             done = self.step - len(self.result.epochs) * self.loop.steps_per_epoch
-            rate = done * self.loop.recipe.batch_size / max(self.seconds, 1e-9)
             epoch = f"{len(self.result.epochs) + 1}/{self.loop.recipe.epochs}"
-            self.log.step(self.step, epoch, loss / images, 100 * correct / images, rate)
+            self.log.step(
+                self.step, epoch, loss / images, 100 * correct / images, self.rate(done * self.loop.recipe.batch_size)
+            )
 
     def interrupt(self, number: int) -> NoReturn:
         name = signal.Signals(number).name

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from resblocks import Network
-from resblocks.config import from_config
+from resblocks.config import from_config, to_config
 
 from .augment import normalise
 from .checkpoint import load_weights
@@ -26,9 +25,11 @@ if TYPE_CHECKING:
 def describe(net: nn.Module, dataset: Dataset) -> dict[str, Any]:
     """What it takes to use the weights, as plain data; `config` is None where the net has none."""
     try:
-        config = net.config if isinstance(net, Network) else None
+        config = to_config(net)
         json.dumps(config, allow_nan=False)
-    except Exception:  # nameless or infinite arguments, a net changed after it was built, any constructor's own error
+    except (
+        Exception
+    ):  # no net of ours or one that was changed, nameless or infinite arguments, a constructor's own error
         config = None
     return {
         "config": config,

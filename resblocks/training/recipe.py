@@ -134,8 +134,9 @@ _WRN = replace(_STEPS, epochs=200, milestones=(0.3, 0.6, 0.8), gamma=0.2)
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        # arXiv 2510.24036 publishes no recipe: ours is R, short. 89.9 % is its number for ResNet-18. At this learning
-        # rate a CNN without norm, its baseline, stays at chance unless the gradient is clipped: it is, for all nets.
+        # The recipe of arXiv 2510.24036 is not known to us: ours is R, short. 89.9 % is its number for ResNet-18. At
+        # this learning rate a CNN without norm, its baseline, stays at chance unless the gradient is clipped: it is,
+        # for all nets.
         # From 20 epochs or so on cutout=12, R's own, pays; shorter runs underfit.
         replace(_R, name="paper", epochs=10, clip_norm=1.0),
         # Ours: R for an hour of two CPU cores. In ten epochs small batches learn more, and images of half and three

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,18 @@ def title(variant: str) -> str:
     for name, words in TITLES.items():
         variant = re.sub(name, words, variant)
     return variant
+
+
+def seeds_in_words(runs: Iterable[tuple[str, int]]) -> str:
+    """The seeds of runs given as (net, seed): "seeds 0, 1", or "1 to 3 seeds a net" where nets have other ones."""
+    by_net: dict[str, set[int]] = {}
+    for net, seed in runs:
+        by_net.setdefault(net, set()).add(seed)
+    first, *others = by_net.values()
+    if any(seeds != first for seeds in others):
+        counts = sorted({len(seeds) for seeds in by_net.values()})
+        return f"{' to '.join(map(str, {counts[0]: 0, counts[-1]: 0}))} seed{'s' * (counts[-1] > 1)} a net"
+    return f"seed{'s' * (len(first) > 1)} {', '.join(map(str, sorted(first)))}"
 
 
 @dataclass

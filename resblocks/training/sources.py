@@ -184,7 +184,7 @@ class Tree:
 
 
 def is_tree(path: Path) -> bool:
-    """A folder that is not empty or a tar archive: something that `read_tree` can try."""
+    """A folder with train/ in it, or a tar archive: something that `read_tree` can try."""
     return is_archive(path) or (path.is_dir() and (path / "train").is_dir())
 
 

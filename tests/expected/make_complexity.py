@@ -21,7 +21,7 @@ HE_2016 = "He et al. 2016, arXiv:1603.05027"
 WIDE = "Zagoruyko and Komodakis 2016, arXiv:1605.07146"
 RESNEXT = "Xie et al. 2017, arXiv:1611.05431"
 DENSENET = "Huang et al. 2017, arXiv:1608.06993"
-OURS = "layers of our own choice (the paper does not publish its baseline)"
+OURS = "layers of our own choice (those of the paper's baseline are not known to us)"
 PYTORCHCV = "table of osmr/imgclsmob, pytorch/README.md"
 PYCLS = "facebookresearch/pycls, dev/model_complexity.json"
 
@@ -311,7 +311,8 @@ def entries() -> list[dict[str, Any]]:
         tally = densenet_cifar(depth, growth_rate, bc=bc)
         rows.append(entry(name, tally, source, paper_millions=millions, saved=saved, **published))
 
-    source, cifar = "arXiv:2510.24036 (ResNet-18 for CIFAR-10)", {"stem": "cifar", "num_classes": 10}
+    source = "ResNet-18 for CIFAR-10; arXiv:2510.24036, after a report that quotes it"
+    cifar = {"stem": "cifar", "num_classes": 10}
     rows.append(entry("resnet18", resnet_small_images(skip=True), source, options=cifar, paper_millions="11.2"))
     plain = {**cifar, "skip": False}
     rows.append(entry("resnet18", resnet_small_images(skip=False), source, options=plain, paper_millions="11.0"))
