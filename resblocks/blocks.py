@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Any
+
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -352,7 +355,16 @@ def dense_layers(options: BlockOptions) -> BlockLayers:
     return BlockLayers(**options)
 
 
-class DenseBlock(nn.Sequential):
+class Sliceable(nn.Sequential):
+    """A sequence with a constructor of its own, whose slices are plain sequences of the same layers."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict([*self._modules.items()][index]))
+        return super().__getitem__(index)
+
+
+class DenseBlock(Sliceable):
     """Dense layers in a row, each reading what all before it put out (Huang et al. 2017, fig. 1).
 
     Args:
@@ -415,7 +427,7 @@ class DenseBlock(nn.Sequential):
         return super().forward(x) if out is None else out  # type: ignore[no-untyped-call]
 
 
-class Transition(nn.Sequential):
+class Transition(Sliceable):
     """Norm, activation, 1x1 convolution, average pool between dense blocks (Huang et al. 2017, sec. 3).
 
     The pool runs before the convolution: both are linear and the one works within positions, the other within

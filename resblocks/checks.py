@@ -19,6 +19,12 @@ def check_integer(least: int, **arguments: object) -> None:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def check_dims(dims: object) -> None:
+    """Raise unless there are layers for data of so many spatial dimensions."""
+    if type(dims) is not int or dims not in (1, 2, 3):
+        raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}")
+
+
 def check_probability(**arguments: object) -> None:
     """Raise unless every argument is at least 0 and below 1."""
     for name, value in arguments.items():

@@ -22,8 +22,8 @@ from resblocks.lesions import LesionStudy as LesionStudy
 from resblocks.lesions import lesion_curve as lesion_curve
 from resblocks.lesions import lesion_study as lesion_study
 from resblocks.options import explained
-from resblocks.residual import Residual, residuals, some_residuals
-from resblocks.undisturbed import eager, hooked, restored, unwrapped
+from resblocks.residual import Residual, plain_name, residuals, some_residuals
+from resblocks.undisturbed import eager, hooked, modes_restored, restored, unwrapped
 
 
 def count_params(net: nn.Module, trainable_only: bool = False) -> int:
@@ -160,18 +160,24 @@ def gradient_flow(net: nn.Module) -> list[GradientFlow]:
     Raises:
         ValueError: no such weight has a gradient.
     """
+    rows = gradient_sizes(net)
+    if not rows:
+        raise ValueError(
+            f"net must have gradients on its convolution or linear weights, got {type(net).__name__} without any: "
+            f"call loss.backward() first"
+        )
+    return rows
+
+
+def gradient_sizes(net: nn.Module) -> list[GradientFlow]:
+    """What `gradient_flow` gives, but nothing where nothing has a gradient."""
     rows = []
     for name, weight in _weights(unwrapped(net)):
         if weight.grad is None:
             continue
         grad = _wide(weight.grad)
         mean_abs, norm, std = torch.stack([grad.abs().mean(), grad.norm(), grad.std(correction=0)]).tolist()
-        rows.append(GradientFlow(name, grad.numel(), mean_abs, norm, std))
-    if not rows:
-        raise ValueError(
-            f"net must have gradients on its convolution or linear weights, got {type(net).__name__} without any: "
-            f"call loss.backward() first"
-        )
+        rows.append(GradientFlow(plain_name(name), grad.numel(), mean_abs, norm, std))
     return rows
 
 
@@ -348,7 +354,7 @@ def _count_on_meta(
             part.register_forward_hook(meters[name].after),
         )
     )
-    with restored(net), torch.no_grad(), hooked(handles):
+    with modes_restored(net), torch.no_grad(), hooked(handles):
         net.eval()
         with counter, explained(net, input_size):
             torch.func.functional_call(net, tensors, (x,), tie_weights=False)

@@ -12,25 +12,27 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from resblocks.blocks import DenseBlock, Transition
-from resblocks.checks import check_input_size
+from resblocks.checks import check_input_size, check_positive
 from resblocks.dense_plan import dense_branch, pool_commutes, window
 from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, FusedStage
 from resblocks.layers import (
     DropPath,
     FrozenBatchNorm,
-    WeightStandardised,
     ZeroInit,
     avg_pool,
     batch_norm,
     convolution,
     running_affine,
+    weight_standardised,
 )
 from resblocks.options import explained
-from resblocks.residual import Add, Residual, keeps_forward
+from resblocks.residual import PASSES_ON, Add, Residual, keeps_forward
 from resblocks.undisturbed import hooked
 from resblocks.watched import is_watched
 
 
+@torch.inference_mode(False)  # its tensors are to be such as `load_state_dict` can write to
+@torch.no_grad()
 def fuse(
     net: nn.Module,
     *,
@@ -57,8 +59,9 @@ def fuse(
             there is nothing to lay out.
         batch_size: of the inputs that the layout is for.
 
-    Returns: a net in evaluation mode whose parameters need no gradient. It can not train: `train(True)` raises. Its
-        state dict does not depend on input_size; copies, pickles and `to` keep the layout.
+    Returns: a net in evaluation mode whose parameters need no gradient. It does not train: what is fused stays in
+        evaluation mode after `train()`. Its state dict does not depend on input_size; copies, pickles and `to` keep the
+        layout.
 
     Shape: that of the net.
 
@@ -110,14 +113,11 @@ def check_sizes(input_size: Sequence[int] | None, batch_size: int) -> None:
     """Raise unless they are of inputs that weights can be laid out for."""
     if input_size is not None:
         check_input_size(input_size)
-    if batch_size < 1 or (input_size is None and batch_size != 1):
-        raise ValueError(
-            f"batch_size must be at least 1, and 1 without input_size, got batch_size={batch_size} "
-            f"with input_size={input_size!r}"
-        )
+    check_positive(batch_size=batch_size)
+    if input_size is None and batch_size != 1:
+        raise ValueError(f"batch_size must be 1 without input_size, got {batch_size}")
 
 
-@torch.no_grad()
 def prepack(net: nn.Module, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
     """Lay the weights of the fused convolutions out for what reaches each of them when the net reads this shape."""
     seen: dict[FusedConv, torch.Size] = {}
@@ -159,7 +159,7 @@ class Fuser:
         """What stands for a module whose children are fused; one that somebody watches stays."""
         if is_watched(module):
             return module
-        if type(module) in (DropPath, nn.Dropout, ZeroInit):
+        if type(module) in (DropPath, ZeroInit, *PASSES_ON):
             return nn.Identity()
         if type(module) is nn.Sequential:
             return self.sequence(module)
@@ -201,7 +201,7 @@ def fused_sequence(sequence: nn.Sequential) -> nn.Sequential:
     return fused
 
 
-FUSIBLE = (*convolution, *WeightStandardised.__subclasses__())
+FUSIBLE = (*convolution, *weight_standardised)
 
 
 def is_fusible(layer: Any) -> bool:

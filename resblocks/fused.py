@@ -15,6 +15,7 @@ from resblocks import winograd
 from resblocks.fused_operators import (
     Geometry,
     Packed,
+    Source,
     conv_add_relu,
     fits_winograd,
     packed_weight,
@@ -28,19 +29,11 @@ torch.fx.wrap("conv_add_relu")
 
 
 class Frozen(nn.Module):
-    """A module that is for evaluation only."""
+    """A module that `train()` does not wake: the norm that would train is gone."""
 
     def train(self, mode: bool = True) -> Frozen:
-        """Evaluation only.
-
-        Raises:
-            RuntimeError: mode is True: the norm that would train is gone.
-        """
-        if mode:
-            raise RuntimeError(
-                "a fused net cannot train: its norms are folded into its convolutions; train the net itself"
-            )
-        return super().train(mode)
+        """Stay in evaluation mode."""
+        return super().train(False)
 
 
 class FusedConv(Frozen):
@@ -73,19 +66,18 @@ class FusedConv(Frozen):
         fits = fits_winograd(self.weight, shape, self.geometry)
         if by_winograd is None and fits:
             by_winograd = winograd_is_faster(tuple(shape), len(self.weight), torch.get_num_threads())
-        quick, source = bool(by_winograd and fits), (self.weight, version_of(self.weight))
+        quick, source = bool(by_winograd and fits), Source.of(self.weight)
         laid = winograd.transform_weight(self.weight) if quick else packed_weight(self.weight, shape, self.geometry)
         self.packed = Packed(tuple(shape), quick, laid, source)
 
     def is_packed(self) -> bool:
         """Whether the weight is still what was packed."""
         source = self.packed.source if self.packed else None
-        return source is not None and source[0] is self.weight and source[1] == version_of(self.weight)
+        return source is not None and source.is_still(self.weight)
 
     def rectified(self) -> FusedConv:
         """The same convolution, weights shared, with a ReLU."""
-        twin = copy.copy(self)
-        twin._parameters = dict(self._parameters)
+        twin = copy.deepcopy(self, {id(weight): weight for weight in self.parameters()})
         twin.relu = True
         return twin
 
@@ -205,6 +197,12 @@ class FusedDenseBlock(nn.Sequential):
             self.add_module(name, layer)
         self.growths = list(growths)
 
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            layers: Any = dict([*self._modules.items()][index])
+            return FusedDenseBlock(layers, self.growths[index])
+        return super().__getitem__(index)
+
     def forward(self, x: Tensor) -> Tensor:
         if not runs_eagerly(x) or records_gradients(self):
             for layer in self:
@@ -282,8 +280,3 @@ def folded(conv: _ConvNd, norm: Any) -> tuple[Tensor, Tensor | None]:
     scale, shift = running_affine(norm)
     shift = shift if conv.bias is None else shift + conv.bias * scale
     return (weight * over_positions(scale[:, None], weight)).detach(), shift.detach()
-
-
-def version_of(x: Tensor) -> int | None:
-    """How often it was changed in place; None where torch does not count."""
-    return None if x.is_inference() else x._version

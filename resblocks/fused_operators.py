@@ -28,16 +28,36 @@ class Geometry(NamedTuple):
     groups: int
 
 
+class Source(NamedTuple):
+    """What a weight was when it was packed: which tensor, where it lies, how often it was changed in place.
+
+    The count is None for tensors of inference mode, of which torch keeps none.
+    """
+
+    weight: Tensor
+    address: int
+    version: int | None
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Source:
+        """The source that the weight is now."""
+        return cls(weight, weight.data_ptr(), None if weight.is_inference() else weight._version)
+
+    def is_still(self, weight: Tensor) -> bool:
+        """Whether it is this weight, unchanged as far as torch counts changes."""
+        return self.weight is weight and self[1:] == Source.of(weight)[1:]
+
+
 class Packed(NamedTuple):
     """A weight as one shape of the input likes it best: oneDNN's layout of it, or what Winograd's algorithm reads.
 
-    The weight is None where there is neither; `source` is what it was made of, and the version of that.
+    The weight is None where there is neither; `source` is what it was made of.
     """
 
     shape: tuple[int, ...]
     by_winograd: bool
     weight: Tensor | None
-    source: tuple[Tensor, int | None] | None
+    source: Source | None
 
 
 def runs_eagerly(x: Tensor, *others: Tensor | None) -> bool:
@@ -60,9 +80,12 @@ def conv_add_relu(
 ) -> Tensor:
     """`relu(conv(x) + other)` in one operator where torch has it; `other` and the ReLU may be left out.
 
-    With `over` the result may take the place of `other`.
+    With `over` the result may take the place of `other`. Autocast does not know these operators: under it the plain
+    ones run.
     """
-    if weight.dim() != 4 or x.dim() != 4 or x.dtype != weight.dtype or not runs_eagerly(x, weight, bias, other):
+    eager = x.device.type in ("cpu", "cuda") and runs_eagerly(x, weight, bias, other)
+    alike = weight.dim() == x.dim() == 4 and x.dtype == weight.dtype
+    if not (eager and alike) or torch.is_autocast_enabled(x.device.type):
         return plain_conv_add_relu(x, weight, bias, other, relu, geometry)
     if x.device.type == "cpu" and has_onednn(x.dtype):
         if packed is not None and packed.weight is not None and packed.shape == x.shape:

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from resblocks.checks import check_positive, check_probability
+from resblocks.checks import check_dims, check_positive, check_probability
 from resblocks.init import branch_weights
 from resblocks.recompute import BATCH_NORMS, INSTANCE_NORMS
 from resblocks.residual import fitting
@@ -173,15 +173,18 @@ class FrozenBatchNorm(nn.Module):
 
     @classmethod
     def from_norm(cls, norm: nn.modules.batchnorm._BatchNorm) -> FrozenBatchNorm:
-        """The frozen norm with the values of a batch norm; without statistics or affine those of an untrained one.
+        """The frozen norm with the values of a batch norm; without an affine that of an untrained one.
 
         Raises:
-            ValueError: the norm does more than normalise, which would be lost: a forward of its own, or hooks.
+            ValueError: the norm does more than normalise, which would be lost: a forward of its own, or hooks; or it
+                keeps no statistics.
         """
         if type(norm).forward not in FREEZABLE or is_watched(norm):
             raise ValueError(
                 f"norm must be torch's and without hooks to be frozen, got {norm}, which does more than that"
             )
+        if norm.running_mean is None:
+            raise ValueError(f"norm must keep running statistics to be frozen, got {norm}")
         frozen = cls(norm.num_features, norm.eps)
         values = {name: getattr(norm, name) for name in frozen._buffers}
         reference = next((value for value in values.values() if value is not None), frozen.weight)
@@ -207,7 +210,7 @@ def freeze_norm(net: nn.Module) -> nn.Module:
     Weights and biases of the norms become buffers: make the optimizer afterwards.
 
     Raises:
-        ValueError: the net has no batch norm, is one, or has one that does more than normalise.
+        ValueError: the net has no batch norm, is one, or has one that does more than normalise or keeps no statistics.
     """
     if isinstance(net, nn.modules.batchnorm._BatchNorm):
         raise ValueError(f"net must hold the norms to freeze, got {net}: FrozenBatchNorm.from_norm freezes one alone")
@@ -296,6 +299,7 @@ class CBAM(SE):
 
     def __init__(self, channels: int, dims: int = 2, reduction: int = 16, kernel_size: int = 7) -> None:
         super().__init__(channels, reduction)
+        check_dims(dims)
         check_positive(kernel_size=kernel_size)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd to keep the size of the map, got {kernel_size}")
@@ -386,11 +390,16 @@ class LayerScale(nn.Module):
 
 
 class SkipInit(nn.Module):
-    """One factor for the whole branch, zero at the start (De and Smith 2020, sec. 4). Shape: any -> same."""
+    """One factor for the whole branch, zero at the start (De and Smith 2020, sec. 4).
+
+    Its weight has the shape (1,), since FSDP shards no scalars.
+
+    Shape: (N, ...) -> same.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(()))
+        self.weight = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -418,7 +427,7 @@ class Fixup(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.num_blocks = 1
-        self.weight = nn.Parameter(torch.empty(()))
+        self.weight = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -451,8 +460,8 @@ class WeightedAdd(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.shortcut_weight = nn.Parameter(torch.empty(()))
-        self.branch_weight = nn.Parameter(torch.empty(()))
+        self.shortcut_weight = nn.Parameter(torch.empty(1))
+        self.branch_weight = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -477,6 +486,7 @@ class Gated(nn.Module):
 
     def __init__(self, channels: int, dims: int = 2, start: float = -2.0) -> None:
         super().__init__()
+        check_dims(dims)
         self.start = start
         self.gate = convolution[dims - 1](channels, channels, 1)
 
@@ -506,6 +516,10 @@ class BlurPool(nn.Module):
 
     def __init__(self, channels: int, stride: int, dims: int = 2, border: str = "replicate") -> None:
         super().__init__()
+        check_dims(dims)
+        check_positive(channels=channels, stride=stride)
+        if border not in ("replicate", "reflect", "constant"):
+            raise ValueError(f"border must be replicate, reflect or constant, got {border!r}")
         self.channels, self.stride, self.dims, self.border = channels, stride, dims, border
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,6 +21,7 @@ from resblocks.options import (
     LayerOptions,
     Layers,
     NetOptions,
+    inside,
     refuse_unknown,
 )
 from resblocks.rebuild import ACTIVATIONS, start_rebuild
@@ -157,8 +157,8 @@ class Network(nn.Module):
         wanted = range(count) if stages is None else stages
         check_sequence(stages=wanted)
         for stage in wanted:
-            if not 0 <= stage < count:
-                raise ValueError(f"stages must be from 0 to {count - 1}, got {stage}")
+            if stage not in range(count):
+                raise ValueError(f"stages must be from 0 to {count - 1}, got {stage!r}")
         maps = {}
         x = self._run(self.stem, x)
         for stage, layers in enumerate([*self.stages][: max(wanted, default=-1) + 1]):
@@ -227,7 +227,7 @@ class ResNet(Network):
         check_probability(drop_path=drop_path)
         check_skip(skip)
         make = Layers(**layer_options(options))
-        preactivated = getattr(unwrap(block), "preactivated", False)
+        preactivated = getattr(inside(block), "preactivated", False)
         stem_module, stem_stride = make_stem(make, stem, in_channels, stem_width, stem_pool, activated=not preactivated)
         plans = plan_stages(strides, stem_stride, output_stride)
         drops = iter([drop_path * (number + 1) / sum(depths) for number in range(sum(depths))])
@@ -405,7 +405,7 @@ def make_block(block: Block, in_channels: int, width: int, stride: int, options:
     """
     if isinstance(block, nn.Module) or not callable(block):
         raise ValueError(f"block must be a class or callable that makes blocks, got {block!r}")
-    name = getattr(unwrap(block), "__name__", repr(block))
+    name = getattr(inside(block), "__name__", repr(block))
     parameters = inspect.signature(block).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         options = {option: value for option, value in options.items() if option in parameters or option != "dims"}
@@ -417,7 +417,7 @@ def make_block(block: Block, in_channels: int, width: int, stride: int, options:
                     f"options to its blocks, so give the block that keyword{hint}"
                 )
     made = block(in_channels, width, stride, **options)
-    if getattr(made, "preactivated", False) != getattr(unwrap(block), "preactivated", False):
+    if getattr(made, "preactivated", False) != getattr(inside(block), "preactivated", False):
         raise ValueError(f"block {name} must have the attribute preactivated of what it makes, {type(made).__name__}")
     if not isinstance(getattr(made, "out_channels", None), int):
         raise ValueError(f"block {name} must have an attribute out_channels, the channels that really come out")
@@ -445,13 +445,6 @@ def refuse_foreign(net: type[Network], options: Iterable[str], of_layers: Iterab
 def layer_options(options: NetOptions) -> LayerOptions:
     """The part of the options that stems, transitions and heads have too."""
     return cast(LayerOptions, {name: value for name, value in options.items() if name in LAYER_OPTIONS})
-
-
-def unwrap(block: Block) -> Block:
-    """The class or function inside a partial."""
-    while isinstance(block, partial):
-        block = block.func
-    return block
 
 
 def check_stages(**lists: Sequence[int]) -> None:

@@ -6,19 +6,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from typing_extensions import TypedDict
 
-from resblocks.checks import check_dtype, check_positive, check_probability
+from resblocks.checks import check_dims, check_dtype, check_positive, check_probability
 from resblocks.init import draws_all, init_layers
 from resblocks.layers import DropPath, Family, Layer, avg_pool, batch_norm, convolution, instance_norm, max_pool
 from resblocks.residual import Checkpoint
 
 POOLS = cast(tuple[type, ...], (*avg_pool, *max_pool))
+
+
+SHORTCUTS = ("A", "B", "C", "D", "identity")
 
 
 class LayerOptions(TypedDict, total=False):
@@ -88,8 +91,7 @@ class Layers:
         **unknown: object,
     ) -> None:
         refuse_unknown(unknown, LayerOptions.__annotations__)
-        if type(dims) is not int or dims not in (1, 2, 3):
-            raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}")
+        check_dims(dims)
         check_dtype(dtype)
         self.dims = dims
         self.has_norm = norm is not None
@@ -109,7 +111,7 @@ class Layers:
             raise ValueError(f"{option} must be a class or callable that makes layers, got one already made, {make}")
         if not callable(make):
             raise ValueError(f"{option} must be a class or callable that returns a torch.nn.Module, got {make!r}")
-        given = (self, *args) if getattr(make, "wants_layers", False) else args
+        given = (self, *args) if getattr(inside(make), "wants_layers", False) else args
         device = torch.get_default_device() if self._device is None else torch.device(self._device)
         rewind = _rng_rewind(device)
         with device:
@@ -238,6 +240,8 @@ class BlockLayers(Layers):
         refuse_unknown(options, BlockOptions.__annotations__)
         super().__init__(**options)  # type: ignore[arg-type]
         check_probability(dropout=dropout, drop_path=drop_path)
+        if not callable(shortcut) and shortcut not in SHORTCUTS:
+            raise ValueError(f"shortcut must be one of {', '.join(SHORTCUTS)} or a callable, got {shortcut!r}")
         self.shortcut, self.downsample = shortcut, downsample
         self._attention, self._dropout = attention, dropout
         self._drop_path, self._scale, self._merge = drop_path, scale, merge
@@ -283,6 +287,13 @@ def with_layers(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return make
 
 
+def inside(make: Any) -> Any:
+    """The class or function inside a partial."""
+    while isinstance(make, partial):
+        make = make.func
+    return make
+
+
 def refuse_unknown(options: Iterable[str], known: Iterable[str], taker: str = "") -> None:
     """Raise TypeError for an option that does not exist, or that the taker named has not, with the nearest one."""
     names = tuple(known)
@@ -298,6 +309,8 @@ def explained(net: nn.Module, input_size: Sequence[int]) -> Iterator[None]:
     """Say of an error in the net's forward which input size it was given, and what the net reads first."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reads = next(
             (f"; its first convolution is {layer}" for layer in net.modules() if isinstance(layer, _ConvNd)), ""

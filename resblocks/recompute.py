@@ -46,15 +46,23 @@ class AsThen:
 
     def __enter__(self) -> None:
         self.lock.acquire()
-        self.now = [(module, module.__dict__) for module, _ in self.then]
-        for module, state in self.then:
-            module.__dict__ = {**state, "_buffers": self.own(module, state)}
+        try:
+            then = [(module, {**state, "_buffers": self.own(module, state)}) for module, state in self.then]
+            self.now = [(module, module.__dict__) for module, _ in self.then]
+            put(then)
+        except BaseException:  # out of memory, Ctrl-C: nobody calls __exit__ then
+            self.__exit__()
+            raise
 
     def __exit__(self, *error: object) -> None:
-        for module, state in self.now:
-            module.__dict__ = state
-        self.now = []
-        self.lock.release()
+        try:
+            put(self.now)
+        except BaseException:  # Ctrl-C halfway
+            put(self.now)
+            raise
+        finally:
+            self.now = []
+            self.lock.release()
 
     def own(self, module: nn.Module, state: dict[str, Any]) -> dict[str, Tensor | None]:
         """Buffers that the module may write to."""
@@ -70,6 +78,12 @@ class AsThen:
         if statistic is None or not self.recorded or not statistic.is_floating_point():
             return None
         return torch.empty_like(statistic)
+
+
+def put(states: Iterable[tuple[nn.Module, dict[str, Any]]]) -> None:
+    """Give modules other attributes."""
+    for module, state in states:
+        module.__dict__ = state
 
 
 def writes_only(module: nn.Module) -> bool:
@@ -95,13 +109,14 @@ def recompute(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> 
     Gradients, random masks and running statistics are those of the plain run: the second pass normalises by the
     statistics of the batch like the first, but counts them in no running mean (torch.utils.checkpoint alone updates
     them twice, pytorch issue 96136). The hooks that were on the parts in forward run in both passes. Function
-    transforms, forward-mode differentiation and `make_fx`, which checkpoints do not work under, run plainly.
+    transforms, forward-mode differentiation, `make_fx` and `torch.jit.trace`, which checkpoints do not work under, run
+    plainly.
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return run(x)
     if torch.compiler.is_compiling():  # the compiler takes the updates of statistics out of what it computes twice
         out: Tensor = checkpoint(run, x, use_reentrant=False)
-    elif is_recorded():
+    elif is_recorded() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         out = run(x)
     else:
         # Torch would stop the second pass at the last tensor that is kept, which RReLU fills only later.

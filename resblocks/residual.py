@@ -84,7 +84,7 @@ class Residual(nn.Module):
     Raises:
         ValueError: a part that is no module; `skip=False` together with a shortcut, merge, drop path or scale (a plain
             block that starts at zero puts out zeros for ever, since its weights get no gradient); a part that begins
-            with a layer that works in place, and would write over what the others read.
+            with a layer that works in place, and would write over what others or hooks read.
 
     Example:
         >>> block = Residual(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
@@ -112,10 +112,16 @@ class Residual(nn.Module):
         for name, part in {"shortcut": shortcut, "scale": scale, "drop_path": drop_path, "merge": merge}.items():
             if part is not None and not skip:
                 raise ValueError(f"{name} must be None with skip=False, which leaves nothing to merge, got {part}")
-        for name, part in {"preact": preact, "branch": branch, "shortcut": shortcut}.items():
+        for name, part in {
+            "preact": preact,
+            "branch": branch,
+            "shortcut": shortcut,
+            "scale": scale,
+            "act": act,
+        }.items():
             layer = None if part is None else writes_over_input(part)
             if layer is not None:
-                raise ValueError(f"{name} must not begin in place, as others read its input, got {layer}")
+                raise ValueError(f"{name} must not begin in place, as others or hooks read its input, got {layer}")
         self.preact = identity_if_none(preact)
         self.branch = branch
         self.shortcut = identity_if_none(shortcut) if skip else None
@@ -202,8 +208,11 @@ class Residual(nn.Module):
         return f"{type(self).__name__}({'; '.join(parts if self._skip else [*parts, 'skip=False'])})"
 
 
-# What may return its input itself; dropouts do in evaluation.
-PASSES_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+# What returns its input itself in evaluation.
+PASSES_ON = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+VIEWS = (nn.Flatten, nn.Unflatten)
 
 
 def writes_over_input(part: nn.Module) -> nn.Module | None:
@@ -211,7 +220,7 @@ def writes_over_input(part: nn.Module) -> nn.Module | None:
     for layer in part.modules():  # in the order in which they run, as far as the first that puts out a new tensor
         if getattr(layer, "inplace", False):
             return layer
-        if not isinstance(layer, nn.Sequential) and type(layer) not in PASSES_ON:
+        if not isinstance(layer, nn.Sequential) and type(layer) not in (*PASSES_ON, *VIEWS):
             return None
     return None
 

@@ -51,9 +51,6 @@ def projection(
     )
 
 
-KINDS = ("A", "B", "C", "D", "identity")
-
-
 def make_shortcut(
     make: BlockLayers, in_channels: int, out_channels: int, stride: int, *, normed: bool = True
 ) -> nn.Module:
@@ -66,14 +63,12 @@ def make_shortcut(
             in a plain sum (He et al. 2016, fig. 4e).
 
     Raises:
-        ValueError: an unknown kind, or an identity where stride or channels change.
+        ValueError: an identity where stride or channels change.
     """
     kind = make.shortcut
     same = stride == 1 and in_channels == out_channels
     if callable(kind):
         shortcut = make.build(kind, in_channels, out_channels, stride, option="shortcut")
-    elif kind not in KINDS:
-        raise ValueError(f"shortcut must be one of {', '.join(KINDS)} or a callable, got {kind!r}")
     elif kind == "C" or (kind == "B" and not same):
         pool = make.pool(in_channels, stride)
         shortcut = projection(make, pool, in_channels, out_channels, stride, normed)

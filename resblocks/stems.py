@@ -70,7 +70,9 @@ def total_stride(stem: nn.Module) -> int:
         raise uncounted("a transposed layer enlarges the map", stem)
     if hasattr(stem, "stride"):
         told: Any = stem.stride
-        stride = stem.kernel_size if told is None else told  # as torch's pools read None
+        stride = getattr(stem, "kernel_size", None) if told is None else told  # as torch's pools read None
+        if stride is None:
+            raise uncounted("its attribute stride is None", stem)
         each = set(stride) if isinstance(stride, (tuple, list)) else {stride}
         if len(each) > 1:
             raise uncounted("its dimensions have strides of their own", stem)

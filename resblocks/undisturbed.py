@@ -36,19 +36,14 @@ def unwrapped(net: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def restored(net: nn.Module) -> Iterator[None]:
-    """Put back on leaving every module's training flag, every buffer's value and what hooks compute as attributes."""
+def modes_restored(net: nn.Module) -> Iterator[None]:
+    """Put back on leaving every module's training flag and what hooks compute as attributes."""
     training = {module: module.training for module in net.modules()}
     computed = [
         (module, name, value)
         for module in training
         for name, value in vars(module).items()
         if isinstance(value, Tensor)
-    ]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in training
-        for name, buffer in module.named_buffers(recurse=False)
     ]
     try:
         yield
@@ -57,6 +52,21 @@ def restored(net: nn.Module) -> Iterator[None]:
             module.training = flag
         for module, name, value in computed:
             setattr(module, name, value)
-        with torch.no_grad():
+
+
+@contextmanager
+def restored(net: nn.Module) -> Iterator[None]:
+    """The same, and every buffer's value."""
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in net.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    with modes_restored(net):
+        try:
+            yield
+        finally:
             for module, name, buffer, value in buffers:
-                setattr(module, name, buffer.copy_(value))
+                with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
+                    buffer.copy_(value)
+                setattr(module, name, buffer)

@@ -35,11 +35,11 @@ def is_plain(x: object) -> TypeGuard[Tensor]:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether the module itself, children aside, has a hook or a forward of its own."""
+    """Whether the module itself, children aside, has a hook, a forward of its own, or is compiled."""
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return True
-    return "forward" in own
+    return "forward" in own or own.get("_compiled_call_impl") is not None  # by its method compile()
 
 
 def may_replace(modules: Iterable[nn.Module], x: object) -> bool:

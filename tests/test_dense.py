@@ -639,6 +639,16 @@ def test_transition_costs_the_convolution_of_the_pooled_map() -> None:
 # --- two processes
 
 
+@pytest.mark.parametrize("index", [slice(2), slice(1, None), slice(None, None, 1)])
+def test_slices_are_sequences_of_the_same_layers(index: slice) -> None:
+    for block in (DenseBlock(4, 16, growth_rate=4), Transition(4, 4)):
+        part = block[index]
+        assert type(part) is nn.Sequential
+        assert list(part.named_children()) == list(block.named_children())[index]
+    block, x = DenseBlock(4, 16, growth_rate=4).eval(), torch.randn(2, 4, 4, 4)
+    torch.testing.assert_close(block[1:](block[:1](x)), block(x))
+
+
 def two_ranks(rank: int, port: int, results: Any) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)

@@ -21,6 +21,7 @@ from resblocks.diagnostics import (
     summary,
 )
 from resblocks.lesions import Part
+from resblocks.models import create_model
 from resblocks.residual import Residual, set_skip
 
 TORCHVISION = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "densenet169"]
@@ -269,6 +270,21 @@ def test_gradient_flow_of_a_single_layer_has_a_plain_name() -> None:
     layer = nn.Linear(2, 1)
     layer(torch.ones(1, 2)).sum().backward()
     assert gradient_flow(layer)[0].name == "weight"
+
+
+def test_gradient_flow_names_layers_as_residuals_does() -> None:
+    net = small_net()
+    wrapped = nn.Sequential(net[0], torch.compile(net[1], backend="eager"), net[2])
+    sum(weight.sum() for weight in wrapped.parameters()).backward()  # type: ignore[union-attr]
+    assert not any("_orig_mod" in row.name for row in gradient_flow(wrapped))
+
+
+def test_net_made_in_inference_mode_is_counted_and_reported() -> None:
+    with torch.inference_mode():
+        net = create_model("resnet20")
+        signals = signal_report(net, torch.randn(2, 3, 8, 8))
+    assert count_macs(net, (3, 32, 32)) == count_macs(create_model("resnet20"), (3, 32, 32))
+    assert len(signals) == 9
 
 
 def test_gradient_flow_before_backward_raises() -> None:

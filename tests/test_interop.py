@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from resblocks import create_model
+from resblocks import create_model, skips_off
 from resblocks.fuse import fuse
 from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION, differences, load, pretrained, to_timm, to_torchvision
-from resblocks.interop.weights import read_weights
+from resblocks.interop.weights import plain_names, read
 from resblocks.layers import CBAM, WSConv2d, freeze_norm, group_norm, weight_standardised
 
 timm = pytest.importorskip("timm")
@@ -241,18 +241,61 @@ class _Payload:
 def test_file_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"weight": _Payload()}, tmp_path / "weights.pt")
     with pytest.raises(Exception, match="Weights only load failed"):
-        read_weights(tmp_path / "weights.pt")
+        read(tmp_path / "weights.pt")
     assert "never run" not in capsys.readouterr().out
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be \.safetensors, \.pt, .* got 'weights\.npz'"):
-        read_weights(tmp_path / "weights.npz")
+        read(tmp_path / "weights.npz")
     torch.save([torch.ones(1)], tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="must hold tensors by name, got list"):
-        read_weights(tmp_path / "weights.pt")
+        read(tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="must hold tensors by name, got int under 'epoch'"):
-        read_weights({"epoch": 3})  # type: ignore[dict-item]
+        plain_names({"epoch": 3})
+    with pytest.raises(ValueError, match="source must be a state dict, a module or the path of a file, got list"):
+        load(create_model("resnet20"), [])  # type: ignore[arg-type]
+
+
+def test_part_of_a_larger_model_is_found_by_its_prefix() -> None:
+    net, model = create_model("resnet18", num_classes=10), torchvision_net(10)
+    whole = {f"backbone.{key}": tensor for key, tensor in model.state_dict().items()} | {"neck.weight": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"source must have the names of .*; prefix='backbone\.' would find its names"):
+        load(net, whole)
+    assert load(net, whole, prefix="backbone.") == ["1 keys that do not begin with 'backbone.': left out"]
+    assert torch.equal(net.get_parameter("head.bias"), model.fc.bias)
+    with pytest.raises(ValueError, match=r"prefix must begin names of the source, got 'body\.', which has \['backbone"):
+        load(net, whole, prefix="body.")
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict"])
+def test_averaged_weights_of_a_checkpoint_are_named_and_not_taken(wrapper: str, tmp_path: Path) -> None:
+    net, raw, averaged = create_model("resnet18", num_classes=10), torchvision_net(10), torchvision_net(10)
+    checkpoint = {wrapper: raw.state_dict(), "epoch": 3}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    assert load(net, tmp_path / "last.ckpt") == []
+    assert load(net, checkpoint | {f"{wrapper}_ema": averaged.state_dict()}) == [  # type: ignore[arg-type]
+        f"{wrapper}_ema: averaged weights, not taken; load the value under '{wrapper}_ema' to have them"
+    ]
+    assert torch.equal(net.get_parameter("head.bias"), raw.fc.bias)
+
+
+def test_head_of_ones_own_is_left_alone_by_drop_head() -> None:
+    net, model = create_model("resnet18"), torchvision_net(10)
+    net.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(512, 5))
+    before = net.head[1].weight.clone()
+    with pytest.raises(ValueError, match=r"in timm head\.1 would have no name; in torchvision"):
+        load(net, model)
+    assert len(load(net, model, drop_head=True)) == 2  # what was dropped of the source
+    assert torch.equal(net.head[1].weight, before)
+    assert torch.equal(net.get_parameter("stem.conv.weight"), model.conv1.weight)
+
+
+def test_differences_of_a_net_whose_skips_are_off_are_measured() -> None:
+    net, model = create_model("resnet18", num_classes=10), torchvision_net(10)
+    load(net, model)
+    with skips_off(net):
+        assert differences(net, model, torch.randn(2, 3, 32, 32))["logits"] > 0.1
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda model: nn.DataParallel(torch.compile(model))])

@@ -83,6 +83,31 @@ def test_freeze_norm_finds_a_norm_under_each_of_its_names():
     assert [type(net[0]), type(net[2])] == [rb.FrozenBatchNorm] * 2
 
 
+def test_norm_without_statistics_is_not_frozen():
+    with pytest.raises(ValueError, match="norm must keep running statistics to be frozen, got BatchNorm2d"):
+        rb.freeze_norm(nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False)))
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: rb.CBAM(8, dims=0), "dims must be 1, 2 or 3, got 0"),
+        (lambda: rb.Gated(8, dims=4), "dims must be 1, 2 or 3, got 4"),
+        (lambda: rb.BlurPool(8, 2, dims=0), "dims must be 1, 2 or 3, got 0"),
+        (lambda: rb.BlurPool(8, 0), "stride must be an integer of at least 1, got 0"),
+        (lambda: rb.BlurPool(8, 2, border="zero"), "border must be replicate, reflect or constant, got 'zero'"),
+    ],
+)
+def test_layer_that_cannot_be_says_why(build, text):
+    with pytest.raises(ValueError, match=text):
+        build()
+
+
+@pytest.mark.parametrize("layer", [rb.SkipInit, rb.ReZero, rb.Fixup, rb.LayerScale, rb.WeightedAdd])
+def test_no_weight_is_a_scalar_which_fsdp_could_not_shard(layer):
+    assert all(weight.dim() == 1 for weight in layer(4).parameters())
+
+
 def test_freeze_norm_without_batch_norm_raises():
     with pytest.raises(ValueError, match="net must have a batch norm to freeze, got Linear without any"):
         rb.freeze_norm(nn.Linear(2, 2))

@@ -500,6 +500,7 @@ def test_block_without_parameters_makes_a_net():
         (lambda: small(output_stride=2.5), "output_stride must be an integer of at least the stride of the stem, 1"),
         (lambda: create_model(None), "name must be one of the .* named nets, got None"),
         (lambda: small().features(image(3, 8), 1), "stages must be a list or another sequence, got 1"),
+        (lambda: small().features(image(3, 8), [0.5]), "stages must be from 0 to 1, got 0.5"),
         (lambda: DenseNet(compression="a"), "compression must be above 0 and at most 1, got 'a'"),
         (lambda: DenseNet(compression=0), r"compression must be above 0 and at most 1, got 0"),
         (lambda: DenseNet(growth_rate=0), "growth_rate must be an integer of at least 1, got 0"),

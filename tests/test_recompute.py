@@ -63,6 +63,33 @@ def test_switches_and_modes_are_those_of_forward(forward, checkpoint):
     assert_same_step(*nets)
 
 
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("calls", [0, 3])
+def test_block_is_whole_after_an_error_on_the_way_into_a_second_pass(fault, calls, monkeypatch):
+    net = create_model("resnet20", checkpoint=True)
+    y, before = net(torch.randn(2, 3, 8, 8)).sum(), {key: value.clone() for key, value in net.state_dict().items()}
+    scratch, left = AsThen.scratch, iter(range(calls))
+
+    def failing(self: AsThen, statistic: Tensor | None) -> Tensor | None:
+        if next(left, None) is None:
+            raise fault
+        return scratch(self, statistic)
+
+    monkeypatch.setattr(AsThen, "scratch", failing)
+    with pytest.raises(fault):
+        y.backward()
+    monkeypatch.undo()
+    assert net.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    net(torch.randn(2, 3, 8, 8)).sum().backward()  # no lock is held
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_traces_a_block_that_recomputes():
+    block, x = BasicBlock(4, 4, checkpoint=True).eval(), torch.randn(1, 4, 4, 4)
+    torch.testing.assert_close(torch.jit.trace(block, x)(x), block(x))
+
+
 @both
 def test_weights_of_a_functional_call_are_those_of_forward(checkpoint):
     blocks = twins(lambda **options: PreActBasicBlock(4, 4, **options), checkpoint)

@@ -8,7 +8,19 @@ import torch
 from torch import nn
 
 import resblocks as rb
-from resblocks import Add, BasicBlock, Concat, DenseNet, DropPath, Residual, ResNet, SkipInit, set_skip, skips_off
+from resblocks import (
+    Add,
+    BasicBlock,
+    Concat,
+    DenseNet,
+    DropPath,
+    Residual,
+    ResNet,
+    SkipInit,
+    create_model,
+    set_skip,
+    skips_off,
+)
 from tests.blocks import image
 
 
@@ -268,13 +280,27 @@ def test_skip_of_a_constructor_is_true_or_false(build, skip):
         build(skip)
 
 
-@pytest.mark.parametrize("before", [nn.Sequential, nn.Identity, nn.Dropout])
-@pytest.mark.parametrize("name", ["preact", "branch", "shortcut"])
+@pytest.mark.parametrize("before", [nn.Sequential, nn.Identity, nn.Dropout, nn.Flatten])
+@pytest.mark.parametrize("name", ["preact", "branch", "shortcut", "scale", "act"])
 def test_part_that_begins_in_place_raises(name, before):
     part = nn.Sequential(before(), nn.Sequential(nn.ReLU(inplace=True)), nn.Linear(4, 4))
     parts = {"branch": nn.Linear(4, 4)} | {name: part}
     with pytest.raises(ValueError, match=rf"{name} must not begin in place.*ReLU\(inplace=True\)"):
         Residual(**parts)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+@pytest.mark.parametrize("part", ["stem", "stages.0.0.branch", "stages.0.0.act", "stages.0.0.branch.conv1"])
+def test_part_that_is_compiled_runs_compiled(part):
+    net, graphs = create_model("resnet20"), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    net.get_submodule(part).compile(backend=backend)
+    net(image(3, 8, batch=2))
+    assert graphs
 
 
 def test_layout_of_the_sum_does_not_depend_on_who_looks_on():

@@ -1,10 +1,13 @@
 """Shortcuts A, B, C, D: what they compute, and when they are refused."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from resblocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, average_downsample, blur_downsample
+from resblocks.options import with_layers
 from resblocks.shortcuts import ZeroPad
 from tests.blocks import image
 
@@ -99,6 +102,18 @@ def test_identity_where_the_shape_changes_raises(shape, shortcut):
         BasicBlock(*shape, shortcut=shortcut)
 
 
-def test_unknown_shortcut_raises():
+@pytest.mark.parametrize("skip", [True, False])
+def test_unknown_shortcut_raises(skip):
     with pytest.raises(ValueError, match="shortcut must be one of A, B, C, D, identity or a callable, got 'E'"):
-        BasicBlock(8, 8, shortcut="E")
+        BasicBlock(8, 8, shortcut="E", skip=skip)
+
+
+@with_layers
+def scaled(make, in_channels, out_channels, stride, kernel_size):
+    return make.conv(in_channels, out_channels, kernel_size, stride)
+
+
+def test_shortcut_made_of_layers_may_be_a_partial():
+    block = BasicBlock(8, 16, 2, shortcut=partial(scaled, kernel_size=3), dims=1)
+    assert type(block.shortcut) is nn.Conv1d
+    assert block.shortcut.kernel_size == (3,)

@@ -49,6 +49,7 @@ from resblocks.training import (
 from resblocks.training.augment import draw_first_flips, normalise
 from resblocks.training.check import check_net
 from resblocks.training.device import cudnn_search, has_fast_bfloat16, pick_device, pick_precision
+from resblocks.training.figures import draw_depths
 from resblocks.training.files import write_json
 from resblocks.training.loop import Loop
 from resblocks.training.meter import Meter
@@ -342,7 +343,7 @@ def test_non_finite_evaluation_is_a_divergence(tmp_path: Path) -> None:
 def test_gradient_record_that_is_not_finite_is_null(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = _loop(net := tiny_net())
     row = GradientFlow("0.weight", params=1, mean_abs=1.0, norm=math.inf, std=0.0)
-    monkeypatch.setattr("resblocks.diagnostics.gradient_flow", lambda net: [row])
+    monkeypatch.setattr("resblocks.diagnostics.gradient_sizes", lambda net: [row])
     assert loop.gradient_layers() == [{"name": "0.weight", "mean_abs": 1.0, "norm": None}]
     assert net.training
 
@@ -555,6 +556,22 @@ def test_figures_show_mean_and_range_of_seeds(tmp_path: Path, monkeypatch: pytes
 def test_compile_mode_that_cannot_be_used_raises(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_fit(tmp_path, **options)
+
+
+def test_net_that_trains_norms_alone_has_no_gradients_by_layer(tmp_path: Path) -> None:
+    net = tiny_net()
+    for layer in net.modules():
+        if not isinstance(layer, nn.BatchNorm2d):
+            for weight in layer.parameters(recurse=False):
+                weight.requires_grad_(False)
+    result = tiny_fit(tmp_path, net, gradients=True)
+    assert [moment["layers"] for moment in result.gradients] == [[]] * (1 + len(result.epochs))
+    assert "figure3_gradients.png" not in [path.name for path in draw_figures([result], tmp_path)]
+
+
+def test_figure_of_depths_needs_results(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="draw_depths needs results with at least one finished epoch each"):
+        draw_depths([], tmp_path)
 
 
 def test_figures_need_results(tmp_path: Path) -> None:

@@ -99,8 +99,10 @@ def test_recipe_survives_json() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
+        ({"epochs": 2.5}, "epochs must be an integer of at least 1, got 2.5"),
+        ({"crop": 1.5}, "crop must be an integer of at least 0, got 1.5"),
+        ({"batch_size": -1}, "batch_size must be an integer of at least 1, got -1"),
         ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"flip": False, "alternate_flip": True}, "alternate_flip must be False where flip is, got True"),

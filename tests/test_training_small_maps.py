@@ -111,6 +111,24 @@ def test_autocast_gives_gradients_in_the_dtype_of_the_weights(tiles: bool, monke
         torch.testing.assert_close(one.float(), other.float(), rtol=0.05, atol=0.05 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_run_in_a_whole_net_also_under_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_maps, "has_fast_bfloat16", lambda device: True)
+    net, used = create_model("resnet18", stem="cifar", num_classes=3), []
+    with small_map_products(net), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for layer in net.modules():
+            if type(layer) is SmallMapConv2d:
+                layer.register_forward_hook(lambda conv, given, y: used.append(type(y.grad_fn).__name__))
+        net(torch.randn(2, 3, 32, 32))
+    assert used.count("_ProductBackward") == 4  # of the last stage; the maps of the three before are 8x8
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    conv = SmallMapConv2d(256, 256, 3, padding=1, bias=False).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(torch.randn(1, 256, 4, 4).double()).dtype == torch.float64
+
+
 def test_net_is_as_before_afterwards_and_trains_alike() -> None:
     net, outs = create_model("resnet18", stem="cifar", num_classes=3), []
     with small_map_products(net) as names:

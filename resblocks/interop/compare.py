@@ -54,7 +54,8 @@ def _gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
                 weight.requires_grad_()
             logits = module.train()(leaf)
             direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-            found = torch.autograd.grad(logits, [leaf, *weights], direction)
+            # Zero where nothing depends on it: the projection of a shortcut that is switched off.
+            found = torch.autograd.grad(logits, [leaf, *weights], direction, materialize_grads=True)
     finally:
         for weight in frozen:
             weight.requires_grad_(False)

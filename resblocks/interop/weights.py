@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from resblocks.interop.words import (
     Table,
     as_theirs,
     key_map,
+    keys,
     nameless_layers,
     reversed_table,
     translate_key,
@@ -52,6 +53,7 @@ def load(
     vocabulary: Vocabulary | None = None,
     first_conv: FirstConv = "same",
     drop_head: bool = False,
+    prefix: str = "",
 ) -> list[str]:
     """Copy weights from elsewhere into one of our nets, all of them or none.
 
@@ -64,9 +66,12 @@ def load(
             kernels of the source's channels (one input channel: a grey image gives what its three-channel copy
             gave), "repeat" goes round the source's channels and keeps the size of the response.
         drop_head: leave the head of the net as it is, for other classes.
+        prefix: what the names of the net's weights begin with in the source, "backbone." for instance; others are left
+            out.
 
     Returns:
-        What was not copied as it stands, a sentence each: empty if all was.
+        What was not copied as it stands, a sentence each: empty if all was. A training checkpoint's averaged weights,
+        under "state_dict_ema" or "model_ema", are named but not taken.
 
     Raises:
         ValueError: keys that are missing, too many or of another shape, each in both vocabularies; nothing is
@@ -79,29 +84,41 @@ def load(
         []
     """
     net = unwrapped(net)
-    given = read_weights(source)
+    content, left_out = unpacked(read(source))
+    given = plain_names(content)
+    if prefix:
+        given, others = without_prefix(given, prefix)
+        left_out += others
     check_not_fused(net, given)
-    names = find_names(net, given, vocabulary)
+    names = find_names(net, given, vocabulary, head=not drop_head)
     ours = net.state_dict()
     check_target(net, next(iter(ours)), first_conv)
     kept: dict[str, Tensor] = {}
     dropped: list[str] = []
     if drop_head:
-        names, given, dropped = without_head(names, given)
+        given, dropped = without_head(names, given)
         kept = {key: tensor for key, tensor in ours.items() if key.startswith("head.")}
     new, notes, faults = match(ours, names, given, first_conv)
     if faults:
         raise ValueError("source must fit the net, nothing was loaded:\n  " + "\n  ".join(faults))
     net.load_state_dict(kept | new)
-    return dropped + notes
+    return left_out + dropped + notes
 
 
-def without_head(names: Names, given: Mapping[str, Tensor]) -> tuple[Names, dict[str, Tensor], list[str]]:
-    """Names and tensors without those of the head, and what was dropped."""
+def without_prefix(given: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors whose names begin so, under the rest of their names, and what is said of the others."""
+    found = {key.removeprefix(prefix): tensor for key, tensor in given.items() if key.startswith(prefix)}
+    if not found:
+        raise ValueError(f"prefix must begin names of the source, got {prefix!r}, which has {list(given)[:3]}")
+    others = len(given) - len(found)
+    return found, [f"{others} keys that do not begin with {prefix!r}: left out"] if others else []
+
+
+def without_head(names: Names, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors without those of the head, and what was dropped."""
     dropped = {key: tensor for key, tensor in given.items() if names.ours(key).startswith("head.")}
     notes = [f"{names.both(key)}: dropped, {tuple(tensor.shape)} in the source" for key, tensor in dropped.items()]
-    left = {key: theirs for key, theirs in names.theirs.items() if not key.startswith("head.")}
-    return names._replace(theirs=left), {key: given[key] for key in given if key not in dropped}, notes
+    return {key: given[key] for key in given if key not in dropped}, notes
 
 
 def match(
@@ -217,19 +234,42 @@ def pretrained(
     return net
 
 
-def read_weights(source: Source) -> dict[str, Tensor]:
-    """The tensors of a source by name; files are read without running code from them.
+def read(source: Source) -> Mapping[str, Any]:
+    """What a source holds by name; files are read without running code from them.
 
     Raises:
-        ValueError: something other than tensors by name, a file of another kind.
+        ValueError: no source, a file of another kind.
     """
     if isinstance(source, nn.Module):
-        given: Mapping[str, Tensor] = source.state_dict()
-    else:
-        given = _read_file(Path(source)) if isinstance(source, (str, Path)) else source
-    for wrapper in ("state_dict", "model"):
+        return source.state_dict()
+    if isinstance(source, (str, Path)):
+        return _read_file(Path(source))
+    if not isinstance(source, Mapping):
+        raise ValueError(f"source must be a state dict, a module or the path of a file, got {type(source).__name__}")
+    return source
+
+
+WRAPPERS = ("state_dict", "model", "model_state_dict")  # of timm and Lightning, torchvision, torch's tutorial
+
+
+def unpacked(given: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """The weights of a training checkpoint, as torchvision's references and timm write it, and what else it has."""
+    notes = []
+    for wrapper in WRAPPERS:
         if isinstance(given.get(wrapper), Mapping):
-            given = given[wrapper]  # type: ignore[assignment]
+            averaged = f"{wrapper}_ema"
+            if isinstance(given.get(averaged), Mapping):
+                notes.append(f"{averaged}: averaged weights, not taken; load the value under {averaged!r} to have them")
+            given = given[wrapper]
+    return given, notes
+
+
+def plain_names(given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors under their names without those of wrappers.
+
+    Raises:
+        ValueError: something other than tensors by name.
+    """
     for key, value in given.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"source must hold tensors by name, got {type(value).__name__} under {key!r}")
@@ -239,8 +279,10 @@ def read_weights(source: Source) -> dict[str, Tensor]:
     return {_plain_dense_name(key.removeprefix(prefix)): tensor for key, tensor in given.items()}
 
 
-def find_names(net: nn.Module, given: Mapping[str, Tensor], vocabulary: str | None) -> Names:
+def find_names(net: nn.Module, given: Mapping[str, Tensor], vocabulary: str | None, *, head: bool = True) -> Names:
     """The names of the net's weights in the vocabulary asked for, or in the one that the source speaks.
+
+    Without `head` the net may have a head of its own, and its names are left out.
 
     Raises:
         ValueError: an unknown vocabulary, one without a name for a layer of the net, a source in none.
@@ -248,10 +290,10 @@ def find_names(net: nn.Module, given: Mapping[str, Tensor], vocabulary: str | No
     known = (*VOCABULARIES, "resblocks")
     if vocabulary is not None and vocabulary not in known:
         raise ValueError(f"vocabulary must be one of {', '.join(known)} or None, got {vocabulary!r}")
-    candidates = [Names("resblocks", {key: key for key in net.state_dict()}, None)]
+    candidates = [Names("resblocks", {key: key for key in keys(net, head=head)}, None)]
     for name, tables in VOCABULARIES.items():
         for table in tables:
-            theirs = key_map(net, table)
+            theirs = key_map(net, table, head=head)
             candidates += [Names(name, theirs, table)] if theirs else []
     spoken = [names for names in candidates if vocabulary in (None, names.vocabulary)]
     if not spoken:
@@ -259,8 +301,11 @@ def find_names(net: nn.Module, given: Mapping[str, Tensor], vocabulary: str | No
     best = max(spoken, key=lambda names: len(given.keys() & set(names.theirs.values())))
     if vocabulary is None and not given.keys() & set(best.theirs.values()):
         tried = ", ".join(dict.fromkeys(names.vocabulary for names in spoken))
-        first, *others = {key.partition(".")[0] for key in given} or {""}
-        hint = "" if others else f"; all begin with '{first}.': take that off, if it is what the net was called"
+        firsts = {key for names in spoken for key in [*names.theirs.values()][:1]}
+        prefixes = {key.removesuffix(first) for key in given for first in firsts if key.endswith(f".{first}")}
+        hint = "".join(f"; prefix={prefix!r} would find its names" for prefix in sorted(prefixes))
+        missing = dict.fromkeys(VOCABULARIES.keys() - {names.vocabulary for names in spoken})
+        hint += "".join(f"; in {name} {_fewest(net, name)} would have no name" for name in sorted(missing))
         raise ValueError(
             f"source must have the names of {tried} for this net, got {len(given)} keys such as {list(given)[:3]}{hint}"
         )
@@ -292,8 +337,13 @@ def _renamed(net: nn.Module, vocabulary: str) -> dict[str, Tensor]:
 
 
 def _nameless(net: nn.Module, vocabulary: str) -> str:
+    return f"every layer of the net must have a name in {vocabulary}, but these have none: {_fewest(net, vocabulary)}"
+
+
+def _fewest(net: nn.Module, vocabulary: str) -> str:
+    """The layers without a name in the vocabulary's table that fits best."""
     fewest = min((nameless_layers(net, table) for table in VOCABULARIES[vocabulary]), key=len)
-    return f"every layer of the net must have a name in {vocabulary}, but these have none: {', '.join(fewest)}"
+    return ", ".join(fewest[:3]) + (", ..." if len(fewest) > 3 else "")
 
 
 def _hint(key: str, first: str) -> str:
@@ -307,9 +357,9 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    if path.suffix not in (".pt", ".pth", ".bin", ".tar"):
-        raise ValueError(f"a file of weights must be .safetensors, .pt, .pth, .bin or .tar, got {path.name!r}")
-    given: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    if path.suffix not in (".pt", ".pth", ".ckpt", ".bin", ".tar"):
+        raise ValueError(f"a file of weights must be .safetensors, .pt, .pth, .ckpt, .bin or .tar, got {path.name!r}")
+    given: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(given, Mapping):
         raise ValueError(f"a file of weights must hold tensors by name, got {type(given).__name__} in {path.name!r}")
     return given
@@ -335,7 +385,7 @@ def _fetch_from_torchvision(name: str, tag: str) -> Mapping[str, Tensor]:
         given: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
         raise ConnectionError(f"weights {weights} could not be fetched from {weights.url}: {error}") from error
-    return read_weights(given)
+    return plain_names(given)
 
 
 def _fetch_from_timm(name: str, tag: str) -> Mapping[str, Tensor]:
@@ -348,6 +398,6 @@ def _fetch_from_timm(name: str, tag: str) -> Mapping[str, Tensor]:
     if not published:
         raise ValueError(f"name must be one with weights in timm (timm.list_models(pretrained=True)), got {asked!r}")
     try:
-        return read_weights(timm.create_model(asked, pretrained=True))
+        return plain_names(timm.create_model(asked, pretrained=True).state_dict())
     except Exception as error:  # the hub's clients raise their own classes, which change between versions
         raise ConnectionError(f"weights {asked} of timm could not be fetched: {error}") from error

@@ -100,19 +100,27 @@ _POINTWISE = re.compile(r"(.*\.se\.fc[12]|head\.fc)\.weight")
 _FIELD = re.compile(r"\{(\w)(\+1)?\}")
 
 
-def key_map(net: nn.Module, table: Table) -> dict[str, str] | None:
-    """For each key of the net's state dict its name by the table; None if the table misses a layer."""
-    if nameless_layers(net, table):
+def key_map(net: nn.Module, table: Table, *, head: bool = True) -> dict[str, str] | None:
+    """For each key of the net's state dict, that of the head on request, its name by the table.
+
+    None if the table misses a layer.
+    """
+    if nameless_layers(net, table, head=head):
         return None
-    return {key: translate_key(key, table) or "" for key in net.state_dict()}
+    return {key: translate_key(key, table) or "" for key in keys(net, head=head)}
 
 
-def nameless_layers(net: nn.Module, table: Table) -> list[str]:
+def keys(net: nn.Module, *, head: bool) -> list[str]:
+    """The keys of the net's state dict, with or without those of its head."""
+    return [key for key in net.state_dict() if head or not key.startswith("head.")]
+
+
+def nameless_layers(net: nn.Module, table: Table, *, head: bool = True) -> list[str]:
     """The layers of the net for which the table has no name.
 
     The pool of a shortcut counts as a layer, although it has no weights: it moves the numbers of those behind it.
     """
-    layers = dict.fromkeys(key.rpartition(".")[0] for key in net.state_dict())
+    layers = dict.fromkeys(key.rpartition(".")[0] for key in keys(net, head=head))
     pools = [name for name, _ in net.named_modules() if name.endswith(".shortcut.pool")]
     return [name for name in (*layers, *pools) if translate(name, table) is None]
 

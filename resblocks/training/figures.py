@@ -53,8 +53,7 @@ def draw_figures(results: Sequence[Result], folder: str | Path, formats: Sequenc
     Raises:
         ValueError: no results, results without a finished epoch, seeds of one net with other numbers of epochs.
     """
-    if not results or not all(result.epochs for result in results):
-        raise ValueError("draw_figures needs results with at least one finished epoch each")
+    _check_finished(results, "draw_figures")
     for seeds in _by_name(results):
         if len(lengths := {len(run.epochs) for run in seeds}) > 1:
             raise ValueError(f"results of one name must have the same epochs, {seeds[0].name} has {sorted(lengths)}")
@@ -69,16 +68,25 @@ def draw_figures(results: Sequence[Result], folder: str | Path, formats: Sequenc
             "figure4_training_all": _curves(results, "train", "training set"),
             "figure5_validation_all": _curves(results, "eval", part),
         }
-        if all(result.gradients for result in results):
+        if all(result.gradients and result.gradients[0]["layers"] for result in results):
             figures["figure3_gradients"] = _gradients(results)
         return [path for name in sorted(figures) for path in _save(figures[name], Path(folder) / name, formats)]
+
+
+def _check_finished(results: Sequence[Result], who: str) -> None:
+    if not results or not all(result.epochs for result in results):
+        raise ValueError(f"{who} needs results with at least one finished epoch each")
 
 
 def draw_depths(results: Sequence[Result], folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
     """The degradation problem (He et al. 2015, fig. 6): accuracy against depth, with and without skips.
 
     Results are of nets named resnetN and resnetN_noskip; several of one name are seeds, drawn as mean and range.
+
+    Raises:
+        ValueError: no results, or some without a finished epoch.
     """
+    _check_finished(results, "draw_depths")
     require("matplotlib").use("Agg")
     with require("matplotlib.pyplot").rc_context(_STYLE):
         figure, panels = _panels(sharey=True)

@@ -194,9 +194,10 @@ class Loop:
         """The gradient of each convolution and linear weight, on fixed training images and in float32.
 
         Modes, buffers and gradients are left as they were: no copy of the net, which may keep what cannot be copied.
-        For all ranks to call together: layers such as SyncBatchNorm exchange statistics. None is what is not finite.
+        Empty where only norms and the like are trained. None is what is not finite. For all ranks to call together:
+        layers such as SyncBatchNorm exchange statistics.
         """
-        from resblocks.diagnostics import gradient_flow
+        from resblocks.diagnostics import gradient_sizes
 
         self.reseed(derive_seed("gradients", self.seed))
         rows = self.order(0)[:GRADIENT_IMAGES]  # shuffled: files come class by class
@@ -204,7 +205,7 @@ class Loop:
         with restored(self.net):
             logits = self.net.train()(images)
             F.cross_entropy(logits, self.labels[rows], label_smoothing=self.recipe.label_smoothing).backward()
-            flow = gradient_flow(self.net)
+            flow = gradient_sizes(self.net)
         self.optimizer.zero_grad(set_to_none=True)
         return [{"name": row.name, "mean_abs": _finite(row.mean_abs), "norm": _finite(row.norm)} for row in flow]
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from resblocks.checks import check_integer, check_positive
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -43,9 +45,9 @@ class Recipe:
     tta: str = "none"  # test-time augmentation: none, flip (logits averaged over the image and its mirror image)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("crop", "cutout", "weight_decay", "clip_norm", "gamma", "warmup_start"):
+        check_positive(epochs=self.epochs, batch_size=self.batch_size)
+        check_integer(0, crop=self.crop, cutout=self.cutout)
+        for name in ("weight_decay", "clip_norm", "gamma", "warmup_start"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _check(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "positive and finite")
         for name in ("momentum", "label_smoothing", "warmup"):

@@ -44,10 +44,8 @@ class SmallMapConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if is_traced(x) or x.dim() != 4 or not torch.is_grad_enabled() or not self._fits(x):
             return super().forward(x)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if dtype not in (torch.float32, torch.float64, torch.bfloat16) or self.weight.dtype != x.dtype:
-            return super().forward(x)
-        if dtype == torch.bfloat16 and not has_fast_bfloat16(x.device):
+        dtype = dtype_of_product(x, self.weight)
+        if dtype is None:
             return super().forward(x)
         everything = dtype == torch.bfloat16 and has_matrix_tiles()
         out: Tensor = _Product.apply(x.to(dtype), self.weight.to(dtype), self.stride[0], everything)
@@ -55,6 +53,17 @@ class SmallMapConv2d(nn.Conv2d):
 
     def _fits(self, x: Tensor) -> bool:
         return x.device.type == "cpu" and is_eligible(self) and positions(x, self.stride[0]) <= POSITIONS
+
+
+def dtype_of_product(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What a convolution of the two computes in, autocast minded; None where a product cannot, or would be slow."""
+    dtypes = {x.dtype, weight.dtype}
+    if torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:  # which autocast leaves alone
+        dtypes = {torch.get_autocast_dtype("cpu")}
+    dtype = dtypes.pop()
+    if dtypes or dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return None
+    return None if dtype == torch.bfloat16 and not has_fast_bfloat16(x.device) else dtype
 
 
 def check_small_maps(device: torch.device, compile: bool) -> None:
