@@ -9,6 +9,7 @@ Needs torchvision, which comes with the extra `train`.
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 
 import torch
@@ -39,9 +40,14 @@ def main() -> None:
 
     fast = fuse(net, input_size=(3, 224, 224), batch_size=len(images))
     last = images.contiguous(memory_format=torch.channels_last)
-    contestants = {"torchvision": (theirs, images), "resblocks": (net, images), "fused": (fast, last)}
+    contestants = {
+        "torchvision": (theirs, images),
+        "resblocks": (net, images),
+        "torchvision, channels_last": (copy.deepcopy(theirs).to(memory_format=torch.channels_last), last),
+        "fused, channels_last": (fast, last),
+    }
     for name, (model, x) in contestants.items():
-        print(f"{name:<12} {1000 * seconds(model, x):.0f} ms for {len(x)} images")
+        print(f"{name:<27} {1000 * seconds(model, x):.0f} ms for {len(x)} images")
 
     torchvision.models.resnet50().load_state_dict(to_torchvision(net))
     print("and back into torchvision's own class, every name and shape equal")

@@ -202,6 +202,7 @@ class ResNet(Network):
     Raises:
         ValueError: lists of different lengths, an unknown stem, an option that the block does not take, a block
             without `out_channels`; what the blocks raise.
+        TypeError: an option that does not exist.
     """
 
     def __init__(
@@ -271,6 +272,7 @@ class DenseNet(Network):
 
     Raises:
         ValueError: a size below 1, compression outside (0, 1], an option without meaning in a dense block.
+        TypeError: an option that does not exist.
     """
 
     def __init__(
