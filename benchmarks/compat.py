@@ -33,9 +33,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import resblocks as rb
+from resblocks.attention import CBAM, ECA, SE
 from resblocks.config import from_config, to_config
 from resblocks.fuse import fuse
-from resblocks.layers import CBAM, ECA, SE, LayerScale, WSConv2d, blur_downsample, group_norm
+from resblocks.joins import LayerScale
+from resblocks.layers import WSConv2d, blur_downsample, group_norm
 from resblocks.models import MODELS
 from resblocks.rebuild import BATCH_NORMS
 from resblocks.training.environment import commit, environment
@@ -149,7 +151,7 @@ def same_gradients(found: list[Tensor], wanted: list[Tensor], tolerance: float =
 
 def draws(net: nn.Module) -> bool:
     """Whether the net draws random numbers in training, which other tracers draw in another order."""
-    return any(isinstance(child, (nn.Dropout, rb.layers.DropPath)) for child in net.modules())
+    return any(isinstance(child, (nn.Dropout, rb.DropPath)) for child in net.modules())
 
 
 def check_compile(build: Build, backend: str = "aot_eager", dtype: torch.dtype = torch.float32) -> None:

@@ -1,5 +1,6 @@
 """Composable residual blocks for PyTorch, each with a skip switch, and the networks made of them."""
 
+from resblocks.attention import CBAM, ECA, SE, cbam
 from resblocks.blocks import (
     BasicBlock,
     Bottleneck,
@@ -13,29 +14,17 @@ from resblocks.blocks import (
 )
 from resblocks.config import from_config, to_config
 from resblocks.init import init_weights
+from resblocks.joins import DropPath, Fixup, Gated, LayerScale, ReZero, SkipInit, WeightedAdd, ZeroInit, gated
 from resblocks.layers import (
-    CBAM,
-    ECA,
-    SE,
     BlurPool,
-    DropPath,
-    Fixup,
     FrozenBatchNorm,
-    Gated,
     LayerNorm,
-    LayerScale,
-    ReZero,
-    SkipInit,
-    WeightedAdd,
     WSConv1d,
     WSConv2d,
     WSConv3d,
-    ZeroInit,
     average_downsample,
     blur_downsample,
-    cbam,
     freeze_norm,
-    gated,
     group_norm,
     instance_norm,
     weight_standardised,

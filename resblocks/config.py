@@ -16,7 +16,9 @@ from resblocks.residual import Residual
 from resblocks.undisturbed import unwrapped
 
 # Where the names of a config may come from: what is imported from there builds nets and does nothing else.
-MODULES = ("resblocks.nets", "resblocks.blocks", "resblocks.layers", "resblocks.shortcuts", "resblocks.interop.names")
+MODULES = tuple(
+    f"resblocks.{module}" for module in ("nets", "blocks", "layers", "attention", "joins", "shortcuts", "interop.names")
+)
 
 
 def to_config(net: nn.Module) -> dict[str, Any]:

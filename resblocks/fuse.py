@@ -15,16 +15,8 @@ from resblocks.blocks import DenseBlock, Transition
 from resblocks.checks import check_input_size, check_positive
 from resblocks.dense_plan import dense_branch, pool_commutes, window
 from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, FusedStage
-from resblocks.layers import (
-    DropPath,
-    FrozenBatchNorm,
-    ZeroInit,
-    avg_pool,
-    batch_norm,
-    convolution,
-    running_affine,
-    weight_standardised,
-)
+from resblocks.joins import DropPath, ZeroInit
+from resblocks.layers import FrozenBatchNorm, avg_pool, batch_norm, convolution, running_affine, weight_standardised
 from resblocks.options import explained
 from resblocks.residual import PASSES_ON, Add, Residual, keeps_forward
 from resblocks.undisturbed import hooked

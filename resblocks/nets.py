@@ -16,7 +16,8 @@ from resblocks.checks import check_fraction, check_integer, check_positive, chec
 from resblocks.config import recorded
 from resblocks.dense_plan import Memory
 from resblocks.init import init_weights
-from resblocks.layers import Family, Fixup, GlobalAvgPool, Layer, max_pool, named
+from resblocks.joins import Fixup
+from resblocks.layers import Family, GlobalAvgPool, Layer, max_pool, named
 from resblocks.options import (
     LayerOptions,
     Layers,

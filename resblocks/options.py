@@ -15,7 +15,8 @@ from typing_extensions import TypedDict
 
 from resblocks.checks import check_dims, check_dtype, check_positive, check_probability
 from resblocks.init import draws_all, init_layers
-from resblocks.layers import DropPath, Family, Layer, avg_pool, batch_norm, convolution, instance_norm, max_pool
+from resblocks.joins import DropPath
+from resblocks.layers import Family, Layer, avg_pool, batch_norm, convolution, instance_norm, max_pool
 from resblocks.residual import Checkpoint
 
 POOLS = cast(tuple[type, ...], (*avg_pool, *max_pool))

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 import resblocks as rb
+from resblocks.attention import SE
 from resblocks.config import from_config, plain, to_config
 from resblocks.fuse import fuse
 from resblocks.interop import TIMM, from_pretrained, push_to_hub, save_pretrained
-from resblocks.layers import SE, WSConv2d, blur_downsample, group_norm
+from resblocks.layers import WSConv2d, blur_downsample, group_norm
 
 ODD = {
     "partial block": partial(rb.ResNet, partial(rb.ResNeXtBlock, cardinality=2), (1, 2), (64, 128), stem="cifar"),

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from resblocks import create_model, skips_off
+from resblocks.attention import CBAM
 from resblocks.fuse import fuse
 from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION, differences, load, pretrained, to_timm, to_torchvision
 from resblocks.interop.weights import plain_names, read
-from resblocks.layers import CBAM, WSConv2d, freeze_norm, group_norm, weight_standardised
+from resblocks.layers import WSConv2d, freeze_norm, group_norm, weight_standardised
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")

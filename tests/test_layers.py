@@ -1,7 +1,5 @@
 """The layers: against torch, timm and formulas."""
 
-from functools import partial
-
 import pytest
 import timm.layers
 import torch
@@ -22,11 +20,6 @@ def test_group_norm_takes_any_channel_count(channels):
 def test_group_norm_takes_the_groups_that_are_asked_for():
     assert rb.group_norm(32, groups=32).num_groups == 32
     assert rb.group_norm(24, groups=16).num_groups == 8
-
-
-def test_fixup_refuses_standardised_weights():
-    with pytest.raises(ValueError, match="scale Fixup needs convolutions that keep the size of their weights"):
-        rb.BasicBlock(8, 8, norm=None, scale=rb.Fixup, conv=rb.weight_standardised)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -103,11 +96,6 @@ def test_layer_that_cannot_be_says_why(build, text):
         build()
 
 
-@pytest.mark.parametrize("layer", [rb.SkipInit, rb.ReZero, rb.Fixup, rb.LayerScale, rb.WeightedAdd])
-def test_no_weight_is_a_scalar_which_fsdp_could_not_shard(layer):
-    assert all(weight.dim() == 1 for weight in layer(4).parameters())
-
-
 def test_freeze_norm_without_batch_norm_raises():
     with pytest.raises(ValueError, match="net must have a batch norm to freeze, got Linear without any"):
         rb.freeze_norm(nn.Linear(2, 2))
@@ -171,96 +159,6 @@ def test_net_with_blur_from_the_meta_device_loads_a_state_dict(to_device):
     loaded.load_state_dict(net.state_dict(), assign=True)
     x = image(3, 16)
     assert torch.equal(loaded(x), net(x))
-
-
-@pytest.mark.parametrize("channels", [8, 32, 64, 256, 2048])
-def test_eca_has_the_kernel_of_timm(channels):
-    theirs = timm.layers.EcaModule(channels)
-    ours = rb.ECA(channels)
-    assert ours.weight.shape == theirs.conv.weight.shape
-    ours.weight.data.copy_(theirs.conv.weight)
-    x = image(channels, 3)
-    torch.testing.assert_close(ours(x), theirs(x))
-
-
-def test_se_equals_timm():
-    theirs = timm.layers.SEModule(64, rd_ratio=1 / 16, rd_divisor=1, bias=True)
-    ours = rb.SE(64, reduction=16)
-    hidden = theirs.fc1.out_channels
-    ours.reduce, ours.expand = nn.Linear(64, hidden), nn.Linear(hidden, 64)
-    for mine, other in ((ours.reduce, theirs.fc1), (ours.expand, theirs.fc2)):
-        mine.weight.data.copy_(other.weight.flatten(1))
-        mine.bias.data.copy_(other.bias)
-    x = image(64, 3)
-    torch.testing.assert_close(ours(x), theirs(x))
-
-
-def test_cbam_equals_its_equations():
-    cbam = rb.CBAM(16)
-    x = image(16)
-
-    def mlp(values):
-        return cbam.expand(torch.relu(cbam.reduce(values)))
-
-    channel = torch.sigmoid(mlp(x.mean((2, 3))) + mlp(x.amax((2, 3))))[..., None, None]
-    y = x * channel
-    spatial = torch.sigmoid(cbam.spatial(torch.stack([y.amax(1), y.mean(1)], 1)))
-    torch.testing.assert_close(cbam(x), y * spatial)
-
-
-@pytest.mark.parametrize("attention", [rb.SE, rb.ECA, partial(rb.CBAM, reduction=4)])
-def test_attention_gates_between_0_and_1(attention):
-    x = image(16).abs()
-    y = attention(16)(x)
-    assert (y >= 0).all()
-    assert (y <= x).all()
-
-
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    x = torch.ones(20000, 3, 2)
-    y = rb.DropPath(0.25)(x)
-    kept = y[:, 0, 0] != 0
-    assert torch.equal(y[kept], torch.full_like(y[kept], 1 / 0.75))
-    assert not y[~kept].any()
-    assert y.mean() == pytest.approx(1, abs=0.02)
-    assert torch.equal(rb.DropPath(0.25).eval()(x), x)
-
-
-def test_drop_path_drops_by_sample_under_vmap():
-    drop = rb.DropPath(0.5)
-    y = torch.func.vmap(drop, randomness="different")(torch.ones(4, 64, 3, 2))
-    each = y.flatten(2)
-    assert (each == each[..., :1]).all()
-    assert 0 < (each[..., 0] == 0).sum() < 4 * 64
-
-
-@pytest.mark.parametrize("p", [-0.1, 1, 1.5])
-def test_drop_path_out_of_range_raises(p):
-    with pytest.raises(ValueError, match=r"^p must be at least 0 and below 1, got"):
-        rb.DropPath(p)
-
-
-@pytest.mark.parametrize(
-    ("scale", "factor"), [(rb.SkipInit, 0), (rb.ReZero, 0), (partial(rb.LayerScale, initial=0.1), 0.1)]
-)
-def test_scale_starts_at_its_factor(scale, factor):
-    x = image(4)
-    torch.testing.assert_close(scale(4)(x), factor * x)
-
-
-def test_weighted_and_gated_merges_equal_their_equations():
-    shortcut, branch = image(4), image(4)
-    weighted = rb.WeightedAdd(4)
-    torch.testing.assert_close(weighted(shortcut, branch), shortcut + branch)
-    gated = rb.Gated(4)
-    gate = torch.sigmoid(gated.gate(shortcut) - 2)
-    torch.testing.assert_close(gated(shortcut, branch), gate * branch + (1 - gate) * shortcut)
-
-
-@pytest.mark.parametrize("merge", [rb.WeightedAdd(4), rb.Gated(4)])
-def test_merges_refuse_shapes_that_would_broadcast(merge):
-    with pytest.raises(ValueError, match="same shape to be added"):
-        merge(image(4, 5), image(4, 1))
 
 
 @pytest.mark.parametrize("size", [5, 8])

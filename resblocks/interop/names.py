@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from resblocks.layers import ECA, SE, BlurPool, WSConv2d, group_norm, named
+from resblocks.attention import ECA, SE
+from resblocks.layers import BlurPool, WSConv2d, group_norm, named
 from resblocks.models import (
     BOTTLENECK,
     MODELS,

@@ -1,0 +1,66 @@
+"""Drop path, scales and merges: against their equations."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import resblocks as rb
+from tests.blocks import image
+
+
+def test_fixup_refuses_standardised_weights():
+    with pytest.raises(ValueError, match="scale Fixup needs convolutions that keep the size of their weights"):
+        rb.BasicBlock(8, 8, norm=None, scale=rb.Fixup, conv=rb.weight_standardised)
+
+
+@pytest.mark.parametrize("layer", [rb.SkipInit, rb.ReZero, rb.Fixup, rb.LayerScale, rb.WeightedAdd])
+def test_no_weight_is_a_scalar_which_fsdp_could_not_shard(layer):
+    assert all(weight.dim() == 1 for weight in layer(4).parameters())
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    x = torch.ones(20000, 3, 2)
+    y = rb.DropPath(0.25)(x)
+    kept = y[:, 0, 0] != 0
+    assert torch.equal(y[kept], torch.full_like(y[kept], 1 / 0.75))
+    assert not y[~kept].any()
+    assert y.mean() == pytest.approx(1, abs=0.02)
+    assert torch.equal(rb.DropPath(0.25).eval()(x), x)
+
+
+def test_drop_path_drops_by_sample_under_vmap():
+    drop = rb.DropPath(0.5)
+    y = torch.func.vmap(drop, randomness="different")(torch.ones(4, 64, 3, 2))
+    each = y.flatten(2)
+    assert (each == each[..., :1]).all()
+    assert 0 < (each[..., 0] == 0).sum() < 4 * 64
+
+
+@pytest.mark.parametrize("p", [-0.1, 1, 1.5])
+def test_drop_path_out_of_range_raises(p):
+    with pytest.raises(ValueError, match=r"^p must be at least 0 and below 1, got"):
+        rb.DropPath(p)
+
+
+@pytest.mark.parametrize(
+    ("scale", "factor"), [(rb.SkipInit, 0), (rb.ReZero, 0), (partial(rb.LayerScale, initial=0.1), 0.1)]
+)
+def test_scale_starts_at_its_factor(scale, factor):
+    x = image(4)
+    torch.testing.assert_close(scale(4)(x), factor * x)
+
+
+def test_weighted_and_gated_merges_equal_their_equations():
+    shortcut, branch = image(4), image(4)
+    weighted = rb.WeightedAdd(4)
+    torch.testing.assert_close(weighted(shortcut, branch), shortcut + branch)
+    gated = rb.Gated(4)
+    gate = torch.sigmoid(gated.gate(shortcut) - 2)
+    torch.testing.assert_close(gated(shortcut, branch), gate * branch + (1 - gate) * shortcut)
+
+
+@pytest.mark.parametrize("merge", [rb.WeightedAdd(4), rb.Gated(4)])
+def test_merges_refuse_shapes_that_would_broadcast(merge):
+    with pytest.raises(ValueError, match="same shape to be added"):
+        merge(image(4, 5), image(4, 1))
