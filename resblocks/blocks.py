@@ -23,7 +23,6 @@ class BasicBlock(Residual):
     Args:
         in_channels, out_channels, stride: of the block; the stride sits on the first convolution.
         groups: groups of both convolutions.
-        dilation: dilation of both convolutions.
         skip: False drops the shortcut and its weights, giving the plain net of He et al.
         options: `resblocks.options.BlockLayers` documents them.
 
@@ -40,18 +39,17 @@ class BasicBlock(Residual):
         stride: int = 1,
         *,
         groups: int = 1,
-        dilation: int = 1,
         skip: bool = True,
         **options: Unpack[BlockOptions],
     ) -> None:
         make = BlockLayers(**options)
         branch = named(
-            conv1=make.strided_conv(in_channels, out_channels, 3, stride, dilation=dilation, groups=groups),
+            conv1=make.strided_conv(in_channels, out_channels, 3, stride, groups=groups),
             norm1=make.norm(out_channels),
             act1=make.activation(),
             pool1=make.pool(out_channels, stride),
             dropout=make.dropout(),
-            conv2=make.conv(out_channels, out_channels, 3, dilation=dilation, groups=groups),
+            conv2=make.conv(out_channels, out_channels, 3, dilation=make.dilation, groups=groups),
             norm2=make.norm(out_channels),
             attention=make.attention(out_channels),
         )
@@ -72,7 +70,6 @@ class Bottleneck(Residual):
         base_width: channels of one group of the 3x3 convolution for out_channels = 64 * expansion, d of Xie et al.;
             128 with one group is wide_resnet50_2.
         expansion: out_channels over the inner width at base_width 64.
-        dilation: dilation of the 3x3 convolution.
         skip: False drops the shortcut and its weights.
         options: `resblocks.options.BlockLayers` documents them.
 
@@ -91,7 +88,6 @@ class Bottleneck(Residual):
         groups: int = 1,
         base_width: int = 64,
         expansion: int = 4,
-        dilation: int = 1,
         skip: bool = True,
         **options: Unpack[BlockOptions],
     ) -> None:
@@ -101,7 +97,7 @@ class Bottleneck(Residual):
             conv1=make.conv(in_channels, width, 1),
             norm1=make.norm(width),
             act1=make.activation(),
-            conv2=make.strided_conv(width, width, 3, stride, dilation=dilation, groups=groups),
+            conv2=make.strided_conv(width, width, 3, stride, groups=groups),
             norm2=make.norm(width),
             act2=make.activation(),
             pool2=make.pool(width, stride),
@@ -148,7 +144,6 @@ class ResNeXtBlock(Bottleneck):
         cardinality: int = 32,
         base_width: int = 4,
         expansion: int = 4,
-        dilation: int = 1,
         skip: bool = True,
         **options: Unpack[BlockOptions],
     ) -> None:
@@ -159,7 +154,6 @@ class ResNeXtBlock(Bottleneck):
             groups=cardinality,
             base_width=base_width,
             expansion=expansion,
-            dilation=dilation,
             skip=skip,
             **options,
         )
@@ -183,7 +177,6 @@ class PreActBasicBlock(Residual):
         stride: int = 1,
         *,
         groups: int = 1,
-        dilation: int = 1,
         skip: bool = True,
         **options: Unpack[BlockOptions],
     ) -> None:
@@ -191,12 +184,12 @@ class PreActBasicBlock(Residual):
         preact, first = fork(make, in_channels, out_channels, stride)
         branch = named(
             **first,
-            conv1=make.strided_conv(in_channels, out_channels, 3, stride, dilation=dilation, groups=groups),
+            conv1=make.strided_conv(in_channels, out_channels, 3, stride, groups=groups),
             norm2=make.norm(out_channels),
             act2=make.activation(),
             pool1=make.pool(out_channels, stride),
             dropout=make.dropout(),
-            conv2=make.conv(out_channels, out_channels, 3, dilation=dilation, groups=groups),
+            conv2=make.conv(out_channels, out_channels, 3, dilation=make.dilation, groups=groups),
             attention=make.attention(out_channels),
         )
         shortcut = make_shortcut(make, in_channels, out_channels, stride, normed=False) if skip else None
@@ -221,7 +214,6 @@ class PreActBottleneck(Residual):
         groups: int = 1,
         base_width: int = 64,
         expansion: int = 4,
-        dilation: int = 1,
         skip: bool = True,
         **options: Unpack[BlockOptions],
     ) -> None:
@@ -233,7 +225,7 @@ class PreActBottleneck(Residual):
             conv1=make.conv(in_channels, width, 1),
             norm2=make.norm(width),
             act2=make.activation(),
-            conv2=make.strided_conv(width, width, 3, stride, dilation=dilation, groups=groups),
+            conv2=make.strided_conv(width, width, 3, stride, groups=groups),
             norm3=make.norm(width),
             act3=make.activation(),
             pool2=make.pool(width, stride),
@@ -256,7 +248,7 @@ def fork(
     its residual twin.
     """
     first = {"norm1": make.norm(in_channels), "act1": make.activation()}
-    if stride == 1 and in_channels == out_channels and make.shortcut != "C":
+    if make.keeps_shape(in_channels, out_channels, stride) and make.shortcut != "C":
         return None, first
     return named(**first), {}
 
@@ -279,7 +271,6 @@ class DenseLayer(Residual):
         out_channels: channels with the input's among them: in_channels + growth rate.
         stride: 1, since the input is part of the output.
         bn_size: width of the 1x1 convolution in growth rates; None leaves it out (the plain DenseNet).
-        dilation: dilation of the 3x3 convolution.
         skip: False puts out the growth_rate new channels alone; the attribute `out_channels` tells what comes out.
         options: `resblocks.options.BlockLayers` documents them; those of a sum (scale, drop_path, ...) are refused.
 
@@ -298,7 +289,6 @@ class DenseLayer(Residual):
         stride: int = 1,
         *,
         bn_size: int | None = 4,
-        dilation: int = 1,
         skip: bool = True,
         **options: Unpack[BlockOptions],
     ) -> None:
@@ -319,7 +309,7 @@ class DenseLayer(Residual):
             norm1=make.norm(in_channels),
             act1=make.activation(),
             **reduction,
-            conv2=make.conv(width, growth_rate, 3, dilation=dilation),
+            conv2=make.conv(width, growth_rate, 3, dilation=make.dilation),
             dropout=make.dropout(),
         )
         parts = make.parts(growth_rate, skip)
@@ -343,7 +333,7 @@ def check_growth(in_channels: int, out_channels: int, stride: int) -> int:
     return out_channels - in_channels
 
 
-NOT_DENSE = ("attention", "shortcut", "downsample", "drop_path", "scale", "merge")
+NOT_DENSE = ("attention", "shortcut", "downsample", "drop_path", "scale", "merge", "first_dilation")
 DENSE_OPTIONS = [name for name in BlockOptions.__annotations__ if name not in NOT_DENSE]
 
 
@@ -373,7 +363,6 @@ class DenseBlock(Sliceable):
         stride: 1; a `Transition` reduces the resolution.
         growth_rate: channels that each layer adds, k of the paper.
         bn_size: as in `DenseLayer`.
-        dilation: as in `DenseLayer`.
         skip: False chains the layers without concatenation; the attribute `out_channels` tells what comes out.
         memory: "shared" keeps for backward the maps and the output of each 1x1 convolution and rebuilds the normalised
             maps from statistics taken once; "lean" keeps the maps alone; "plain" calls the layers one by one. Results,
@@ -399,7 +388,6 @@ class DenseBlock(Sliceable):
         *,
         growth_rate: int = 32,
         bn_size: int | None = 4,
-        dilation: int = 1,
         skip: bool = True,
         memory: Memory = "shared",
         **options: Unpack[BlockOptions],
@@ -415,9 +403,7 @@ class DenseBlock(Sliceable):
             )
         channels = in_channels
         for number in range(1, growth // growth_rate + 1):
-            layer = DenseLayer(
-                channels, channels + growth_rate, bn_size=bn_size, dilation=dilation, skip=skip, **options
-            )
+            layer = DenseLayer(channels, channels + growth_rate, bn_size=bn_size, skip=skip, **options)
             self.add_module(f"layer{number}", layer)
             channels = layer.out_channels
         self.memory, self.out_channels = memory, channels

@@ -233,17 +233,18 @@ class BlurPool(nn.Module):
     Args:
         channels, stride, dims: of the map.
         border: what lies beyond the map: "replicate", "reflect" or "constant", which is zero.
+        dilation: distance between the positions that the filter reads.
 
     Shape: (N, channels, L, ...) -> (N, channels, ceil(L / stride), ...).
     """
 
-    def __init__(self, channels: int, stride: int, dims: int = 2, border: str = "replicate") -> None:
+    def __init__(self, channels: int, stride: int, dims: int = 2, border: str = "replicate", dilation: int = 1) -> None:
         super().__init__()
         check_dims(dims)
-        check_positive(channels=channels, stride=stride)
+        check_positive(channels=channels, stride=stride, dilation=dilation)
         if border not in ("replicate", "reflect", "constant"):
             raise ValueError(f"border must be replicate, reflect or constant, got {border!r}")
-        self.channels, self.stride, self.dims, self.border = channels, stride, dims, border
+        self.channels, self.stride, self.dims, self.border, self.dilation = channels, stride, dims, border, dilation
 
     def forward(self, x: Tensor) -> Tensor:
         # Made anew, on the device of x: a constant kept as a buffer is lost where a net comes from the meta device.
@@ -252,12 +253,12 @@ class BlurPool(nn.Module):
         for _ in range(self.dims - 1):
             kernel = kernel[..., None] * line
         weight = kernel.expand(self.channels, 1, *[3] * self.dims)
-        padded = nn.functional.pad(x, (1, 1) * self.dims, mode=self.border)
+        padded = nn.functional.pad(x, (self.dilation, self.dilation) * self.dims, mode=self.border)
         conv = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self.dims - 1]
-        return conv(padded, weight, stride=self.stride, groups=self.channels)
+        return conv(padded, weight, stride=self.stride, dilation=self.dilation, groups=self.channels)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, stride={self.stride}, border={self.border}"
+        return f"{self.channels}, stride={self.stride}, border={self.border}, dilation={self.dilation}"
 
 
 @torch.fx.wrap
@@ -270,6 +271,61 @@ def small_avg_pool3d(x: Tensor, window: int) -> Tensor:
 class _AvgPool3d(nn.AvgPool3d):
     def forward(self, x: Tensor) -> Tensor:
         return small_avg_pool3d(x, cast(int, self.kernel_size))
+
+
+class SpreadAverage(nn.Module):
+    """Mean over a window of positions that lie apart and exist, at every position: an average pool without its stride.
+
+    Args:
+        window: positions along each dimension, the first of which is that of the output.
+        dilation: distance between them.
+
+    Shape: (N, channels, ...) -> same.
+    """
+
+    def __init__(self, window: int, dilation: int) -> None:
+        super().__init__()
+        check_positive(window=window, dilation=dilation)
+        self.window, self.dilation = window, dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        for dim in range(2, x.dim()):
+            x = spread_mean(x, dim, self.window, self.dilation)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}, dilation={self.dilation}"
+
+
+@torch.fx.wrap
+def spread_mean(x: Tensor, dim: int, window: int, dilation: int) -> Tensor:
+    """Mean along one dimension over the positions that exist of a window that begins at each."""
+    size = x.shape[dim]
+    count = torch.arange(size, 0, -1, device=x.device).add(dilation - 1).div(dilation, rounding_mode="floor")
+    total = x
+    for step in range(dilation, min(window * dilation, size), dilation):
+        beyond = [0, 0] * (x.dim() - 1 - dim) + [0, step]
+        total = total + nn.functional.pad(x.narrow(dim, step, size - step), beyond)
+    return total / count.clamp(max=window).to(x.dtype).view(-1, *[1] * (x.dim() - 1 - dim))
+
+
+def at_every_position(pool: nn.Module, dilation: int) -> nn.Module:
+    """What a pool with a stride puts out, but at every position, of positions `dilation` apart.
+
+    It takes the pool's place where a dilation replaces the stride: at the positions of the pool it puts out the same.
+
+    Raises:
+        ValueError: a pool of another kind than `average_downsample` and `blur_downsample`.
+    """
+    if type(pool) is BlurPool:
+        return BlurPool(pool.channels, 1, pool.dims, pool.border, dilation)
+    if type(pool) in (*avg_pool, _AvgPool3d):
+        window: Any = pool.stride
+        return SpreadAverage(window if isinstance(window, int) else window[0], dilation)
+    raise ValueError(
+        f"downsample must be average_downsample or blur_downsample where a dilation replaces strides (output_stride), "
+        f"got {pool}"
+    )
 
 
 def _average(pool: Layer, channels: int, stride: int) -> nn.Module:

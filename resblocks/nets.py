@@ -192,7 +192,8 @@ class ResNet(Network):
         stem_pool: class or callable of channels and stride in place of the stem's max-pool; None is the max-pool.
         num_classes: outputs of the head; 0 leaves the pooled features.
         in_channels: channels of the input.
-        output_stride: largest total stride; further stages dilate their convolutions instead (Yu et al. 2017).
+        output_stride: largest total stride; further stages dilate their convolutions instead (Yu et al. 2017), and put
+            out at the positions of the net without it what that puts out there. `downsample` is then one of ours.
         drop_path: probability of dropping the last block's branch; block l of L drops with l / L of it
             (Huang et al. 2016, eq. 4).
         skip: False builds the plain net, without shortcuts and their weights.
@@ -236,8 +237,9 @@ class ResNet(Network):
         stages, stage_channels, channels = [], [], stem_width
         for depth, width, plan in zip(depths, widths, plans, strict=True):
             stage = nn.Sequential()
-            for stride, dilation in [(plan.stride, plan.first_dilation)] + [(1, plan.dilation)] * (depth - 1):
-                asked = asked_options(options, skip=skip, dilation=dilation, drop_path=next(drops))
+            for stride, first_dilation in [(plan.stride, plan.first_dilation)] + [(1, plan.dilation)] * (depth - 1):
+                dilations = {"dilation": plan.dilation, "first_dilation": first_dilation}
+                asked = asked_options(options, skip=skip, drop_path=next(drops), **dilations)
                 stage.append(make_block(block, channels, width, stride, asked))
                 channels = cast(int, stage[-1].out_channels)
             stages.append(stage)
@@ -411,6 +413,8 @@ def make_block(block: Block, in_channels: int, width: int, stride: int, options:
     name = getattr(inside(block), "__name__", repr(block))
     parameters = inspect.signature(block).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        if "first_dilation" in options and "first_dilation" not in parameters:
+            options = with_one_dilation(options)
         options = {option: value for option, value in options.items() if option in parameters or option != "dims"}
         for option in options:
             if option not in parameters:
@@ -427,13 +431,23 @@ def make_block(block: Block, in_channels: int, width: int, stride: int, options:
     return made
 
 
-def asked_options(options: NetOptions, *, skip: bool, dilation: int, drop_path: float) -> dict[str, object]:
+def with_one_dilation(options: dict[str, object]) -> dict[str, object]:
+    """The options of a block that knows one dilation: that of what reads its input."""
+    others = {option: value for option, value in options.items() if option not in ("dilation", "first_dilation")}
+    return others if options["first_dilation"] == 1 else {**others, "dilation": options["first_dilation"]}
+
+
+def asked_options(
+    options: NetOptions, *, skip: bool, dilation: int, first_dilation: int, drop_path: float
+) -> dict[str, object]:
     """The options of one block, without those that say nothing, so that a block need not know them."""
     asked: dict[str, object] = dict(options)
     if not skip:
         asked["skip"] = False
     if dilation > 1:
         asked["dilation"] = dilation
+    if first_dilation != dilation:
+        asked["first_dilation"] = first_dilation
     if drop_path > 0:
         asked["drop_path"] = drop_path
     return asked

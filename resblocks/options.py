@@ -16,7 +16,16 @@ from typing_extensions import TypedDict
 from resblocks.checks import check_dims, check_dtype, check_positive, check_probability
 from resblocks.init import draws_all, init_layers
 from resblocks.joins import DropPath
-from resblocks.layers import Family, Layer, avg_pool, batch_norm, convolution, instance_norm, max_pool
+from resblocks.layers import (
+    Family,
+    Layer,
+    at_every_position,
+    avg_pool,
+    batch_norm,
+    convolution,
+    instance_norm,
+    max_pool,
+)
 from resblocks.residual import Checkpoint
 
 POOLS = cast(tuple[type, ...], (*avg_pool, *max_pool))
@@ -52,6 +61,8 @@ class BlockOptions(NetOptions, total=False):
     """The keyword options of a residual block; `BlockLayers` documents them."""
 
     drop_path: float
+    dilation: int
+    first_dilation: int | None
 
 
 class ResidualParts(TypedDict):
@@ -215,6 +226,10 @@ class BlockLayers(Layers):
             the resolution in place of strided convolutions, in branch and shortcut (D keeps its own average pool);
             None for the strides.
         drop_path: probability of dropping the branch of a sample (Huang et al. 2016); see `DropPath`.
+        dilation: of the 3x3 convolutions.
+        first_dilation: of the first 3x3 convolution, where that differs: in a block whose stride a dilation replaces,
+            it is the dilation of the blocks before (Yu et al. 2017). The stride that is replaced is
+            dilation / first_dilation; pools stay, and average over positions first_dilation apart.
         scale: how the branch starts and is scaled: ZeroInit, SkipInit, ReZero, LayerScale, Fixup, or any class
             or callable of the channel count.
         merge: class or callable of the channel count that joins shortcut and branch; None is `Add`.
@@ -233,6 +248,8 @@ class BlockLayers(Layers):
         shortcut: str | Layer = "B",
         downsample: Layer | Family | None = None,
         drop_path: float = 0.0,
+        dilation: int = 1,
+        first_dilation: int | None = None,
         scale: Layer | None = None,
         merge: Layer | Family | None = None,
         checkpoint: Checkpoint = False,
@@ -241,6 +258,11 @@ class BlockLayers(Layers):
         refuse_unknown(options, BlockOptions.__annotations__)
         super().__init__(**options)  # type: ignore[arg-type]
         check_probability(dropout=dropout, drop_path=drop_path)
+        first_dilation = dilation if first_dilation is None else first_dilation
+        check_positive(dilation=dilation, first_dilation=first_dilation)
+        if dilation % first_dilation:
+            raise ValueError(f"first_dilation must divide dilation, got {first_dilation} with dilation={dilation}")
+        self.dilation, self.first_dilation = dilation, first_dilation
         if not callable(shortcut) and shortcut not in SHORTCUTS:
             raise ValueError(f"shortcut must be one of {', '.join(SHORTCUTS)} or a callable, got {shortcut!r}")
         self.shortcut, self.downsample = shortcut, downsample
@@ -256,20 +278,34 @@ class BlockLayers(Layers):
         """Attention over so many channels, None where the recipe has none."""
         return None if self._attention is None else self.build(self._attention, channels, option="attention")
 
-    def pool(self, channels: int, stride: int) -> nn.Module | None:
-        """What reduces the resolution, None where the stride of a convolution does."""
-        return (
-            None
-            if self.downsample is None or stride == 1
-            else self.pooling(self.downsample, channels, stride, "downsample")
-        )
+    def keeps_shape(self, in_channels: int, out_channels: int, stride: int) -> bool:
+        """Whether a block puts out the shape that it reads, and would without dilation."""
+        return stride == self.dilation // self.first_dilation == 1 and in_channels == out_channels
+
+    def pool(self, channels: int, stride: int, layer: Layer | Family | None = None) -> nn.Module | None:
+        """What reduces the resolution, None where the stride of a convolution does.
+
+        Where a dilation replaces the stride, the same at every position.
+
+        Args:
+            channels, stride: of the block.
+            layer: in place of the option `downsample`.
+        """
+        layer, replaced = layer or self.downsample, self.dilation // self.first_dilation
+        if layer is None or stride == replaced == 1:
+            return None
+        if replaced == 1:
+            return self.pooling(layer, channels, stride, "downsample")
+        return at_every_position(self.pooling(layer, channels, replaced, "downsample"), self.first_dilation)
 
     def strided_conv(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, *, dilation: int = 1, groups: int = 1
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, *, groups: int = 1
     ) -> nn.Module:
-        """The convolution that carries the block's stride, unless `pool` does."""
+        """The first 3x3 convolution, which carries the block's stride, unless `pool` does."""
         conv_stride = stride if self.downsample is None else 1
-        return self.conv(in_channels, out_channels, kernel_size, conv_stride, dilation=dilation, groups=groups)
+        return self.conv(
+            in_channels, out_channels, kernel_size, conv_stride, dilation=self.first_dilation, groups=groups
+        )
 
     def parts(self, channels: int, skip: bool) -> ResidualParts:
         """What the options say of the way in which a branch with so many channels joins the shortcut."""

@@ -66,14 +66,14 @@ def make_shortcut(
         ValueError: an identity where stride or channels change.
     """
     kind = make.shortcut
-    same = stride == 1 and in_channels == out_channels
+    same = make.keeps_shape(in_channels, out_channels, stride)
     if callable(kind):
         shortcut = make.build(kind, in_channels, out_channels, stride, option="shortcut")
     elif kind == "C" or (kind == "B" and not same):
         pool = make.pool(in_channels, stride)
         shortcut = projection(make, pool, in_channels, out_channels, stride, normed)
     elif kind == "D" and not same:  # no position is lost (He et al. 2019, ResNet-D, fig. 2c)
-        pool = make.build(average_downsample, in_channels, stride) if stride > 1 else None
+        pool = make.pool(in_channels, stride, average_downsample)
         shortcut = projection(make, pool, in_channels, out_channels, stride, normed)
     elif kind == "A" and not same:
         pool = make.pool(in_channels, stride)
@@ -81,7 +81,7 @@ def make_shortcut(
         shortcut = pad if pool is None else named(pool=pool, pad=pad)
     else:
         shortcut = nn.Identity()
-    if isinstance(shortcut, nn.Identity) and not same:
+    if isinstance(shortcut, nn.Identity) and (stride > 1 or in_channels != out_channels):
         raise ValueError(
             f"shortcut cannot be an identity where the shape changes, got in_channels={in_channels}, "
             f"out_channels={out_channels}, stride={stride}"

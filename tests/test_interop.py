@@ -269,6 +269,17 @@ def test_part_of_a_larger_model_is_found_by_its_prefix() -> None:
         load(net, whole, prefix="body.")
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50d", "resnetblur18", "resnetv2_18", "resnetv2_50d"])
+def test_output_stride_gives_the_features_of_timm(name: str) -> None:
+    model = randomise(timm.create_model(name, output_stride=16)).eval()
+    net = TIMM[name](output_stride=16).eval()
+    load(net, model)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():  # where the net of stride 32 has positions: timm's pools read zeros beyond the border
+        ours, theirs = (module.forward_features(x)[..., ::2, ::2] for module in (net, model))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict"])
 def test_averaged_weights_of_a_checkpoint_are_named_and_not_taken(wrapper: str, tmp_path: Path) -> None:
     net, raw, averaged = create_model("resnet18", num_classes=10), torchvision_net(10), torchvision_net(10)

@@ -215,6 +215,43 @@ def test_output_stride_dilates_instead(block, output_stride, strides):
     assert [maps.shape[-1] for maps in net.features(image(3, 64, batch=1))] == [64 // stride for stride in strides]
 
 
+@pytest.mark.parametrize(
+    ("block", "options"),
+    [
+        *((block, {}) for block in (BasicBlock, PreActBasicBlock, rb.WideBlock, Bottleneck, rb.PreActBottleneck)),
+        *((BasicBlock, {"shortcut": kind}) for kind in "ACD"),
+        *((Bottleneck, {"shortcut": "D", "downsample": pool}) for pool in (rb.average_downsample, rb.blur_downsample)),
+        (BasicBlock, {"dims": 1, "downsample": rb.blur_downsample}),
+        (PreActBasicBlock, {"dims": 3, "shortcut": "D"}),
+        (BasicBlock, {"widths": (8, 8, 8)}),
+    ],
+)
+def test_output_stride_puts_out_the_same_where_the_net_without_it_does(block, options):
+    settings = {"depths": (1, 2, 2), "widths": (8, 16, 32), "stem": "cifar", "stem_width": 8, "dtype": torch.float64}
+    net, dilated = (ResNet(block, **settings | options, output_stride=most).eval() for most in (None, 1))
+    dilated.load_state_dict(net.state_dict())
+    x = image(3, 16, options.get("dims", 2), batch=1).double()
+    for ours, theirs, stride in zip(dilated.features(x), net.features(x), net.stage_strides, strict=True):
+        torch.testing.assert_close(ours[(..., *[slice(None, None, stride)] * (x.dim() - 2))], theirs)
+
+
+def test_output_stride_with_a_pool_of_ones_own_raises():
+    with pytest.raises(ValueError, match="downsample must be average_downsample or blur_downsample where a dilation"):
+        small(downsample=lambda channels, stride: nn.MaxPool2d(stride), output_stride=1)
+
+
+class OneDilation(rb.Residual):
+    def __init__(self, in_channels, out_channels, stride=1, dilation=1):
+        conv = nn.Conv2d(in_channels, out_channels, 3, stride, dilation, dilation)
+        super().__init__(conv, nn.Conv2d(in_channels, out_channels, 1, stride))
+        self.out_channels = out_channels
+
+
+def test_block_that_knows_one_dilation_gets_that_of_its_input():
+    net = ResNet(OneDilation, (1, 2, 2), (8, 8, 8), stem="cifar", stem_width=8, output_stride=1)
+    assert [block.branch.dilation[0] for block in rb.residuals(net).values()] == [1, 1, 2, 2, 4]
+
+
 def test_output_stride_has_the_dilations_of_torchvision():
     theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])
     ours = create_model("resnet50", output_stride=8)
