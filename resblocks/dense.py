@@ -186,7 +186,7 @@ def _forward_layer(layer: PlannedLayer, weights: list[_Weights], maps: _Maps, ne
         x, affine = b, inner.affine(weights[1].gamma, weights[1].beta)
     _convolve(x, affine, weights[-1].conv, layer.steps[-1].conv, out)
     if layer.dropout:
-        # The mask that nn.Dropout would draw for these maps.
+        # The mask that nn.Dropout would draw for these maps (not in channels_last_3d, which torch's convolution drops).
         noise = functional.dropout(_empty(x, plan.growth, plan.compute, layout_of(maps.x)).fill_(1), layer.dropout)
         out.mul_(noise)
         saved.append(noise != 0)
@@ -282,7 +282,7 @@ class _Pool(torch.autograd.Function):
         _refuse_more("Transition", grad)
         x, mean, rstd, gamma, beta = ctx.saved_tensors
         with _autocast_off(x):
-            maps = _MapGradients(_Maps(x, mean, rstd), torch.zeros_like(x))
+            maps = _MapGradients(_Maps(x, mean, rstd), torch.zeros_like(x, memory_format=layout_of(x)))
             wide = gamma.to(mean.dtype)
             affine = maps.maps.affine(wide, beta.to(mean.dtype))
             dgamma, dbeta = maps.add(wide, affine, _pool_backward(grad, x, affine, ctx.size))
@@ -297,7 +297,8 @@ def _pool_backward(grad: Tensor, x: Tensor, affine: _Affine, size: int) -> Itera
         part = x[span]
         z = _activate(part, *affine, x.dtype)
         dz = torch.zeros_like(z)
-        dz[covered] = functional.interpolate(grad[span], scale_factor=size).div_(size ** (x.dim() - 2))
+        spread = functional.interpolate(grad[span], scale_factor=size, mode="nearest-exact")  # "nearest" rounds wrongly
+        dz[covered] = spread.div_(size ** (x.dim() - 2))
         yield span, part, dz, z
 
 

@@ -78,8 +78,11 @@ def plan_block(layers: Iterable[nn.Module], x: Tensor, memory: Memory) -> Plan |
         return None
     found = [read for layer in layers if (read := _read_layer(layer, x.dim() - 2)) is not None]
     plan = Plan(found, memory == "shared" and torch.is_grad_enabled(), compute_dtype(x))
-    if not found or len(found) < len(layers) or not _fit([step.norm for step in plan.steps], x):
+    norms = [step.norm for step in plan.steps]
+    if not found or len(found) < len(layers) or not _fit(norms, x):
         return None
+    if len(set(norms)) < len(norms):
+        return None  # one that serves twice counts between its uses
     firsts = [layer.steps[0].norm for layer in found]
     channels = [x.shape[1] + number * plan.growth for number in range(len(found))]
     if [norm.num_features for norm in firsts] != channels or len({norm.eps for norm in firsts}) > 1:

@@ -24,7 +24,7 @@ ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU),
     *(nn.SiLU, nn.Mish, nn.Hardswish, nn.Softplus, nn.Tanh, nn.Sigmoid),
 )
-KEEP_RESULT = (nn.Tanh, nn.Sigmoid)  # as ReLU does; the others keep what they read
+KEEP_RESULT = (nn.ReLU, nn.Tanh, nn.Sigmoid)  # for backward; the others keep what they read
 
 _Packed: TypeAlias = "tuple[Any, Any]"  # a pair and which of its values, or a tensor and its version
 
@@ -95,6 +95,8 @@ class Rebuild:
         self._made[value.untyped_storage()] = pair, activated, _layout(value), value._version
 
     def _pack(self, tensor: Tensor) -> _Packed:
+        if tensor.layout is not torch.strided:  # sparse ones have no storage
+            return tensor.detach(), tensor._version
         found = self._made.get(tensor.untyped_storage())
         if found is not None:
             pair, activated, layout, version = found

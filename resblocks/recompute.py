@@ -42,12 +42,14 @@ class AsThen:
         self.then = [(module, _state(module)) for module in plain]
         self.now: list[tuple[nn.Module, dict[str, Any]]] = []
         self.recorded = recorded
-        self.lock = _locks.setdefault(plain[0], RLock()) if plain else RLock()
+        # Blocks may share parts. All who lock do it in one order, and so never wait for each other in a circle.
+        self.locks = [_locks.setdefault(module, RLock()) for module in sorted(plain, key=id)]
 
     def __enter__(self) -> None:
-        self.lock.acquire()
+        for lock in self.locks:
+            lock.acquire()
         try:
-            then = [(module, {**state, "_buffers": self.own(module, state)}) for module, state in self.then]
+            then = [(module, self.stand_in(module, state)) for module, state in self.then]
             self.now = [(module, module.__dict__) for module, _ in self.then]
             put(then)
         except BaseException:  # out of memory, Ctrl-C: nobody calls __exit__ then
@@ -62,16 +64,18 @@ class AsThen:
             raise
         finally:
             self.now = []
-            self.lock.release()
+            for lock in self.locks:
+                lock.release()
 
-    def own(self, module: nn.Module, state: dict[str, Any]) -> dict[str, Tensor | None]:
-        """Buffers that the module may write to."""
+    def stand_in(self, module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+        """The module's attributes then, with statistics that it may write to."""
         buffers: dict[str, Tensor | None] = state["_buffers"]
-        if not state["training"]:
-            return buffers
+        if not state.get("training", False):  # which a compiled part has from what it compiles
+            return state.copy()
         if not writes_only(module):
-            return _copied(buffers)
-        return {name: self.scratch(buffer) if name in STATISTICS else buffer for name, buffer in buffers.items()}
+            return {**state, "_buffers": _copied(buffers)}
+        # Python finds them before the buffers, which a state dict that somebody takes meanwhile holds as they are.
+        return {**state, **{name: self.scratch(buffer) for name, buffer in buffers.items() if name in STATISTICS}}
 
     def scratch(self, statistic: Tensor | None) -> Tensor | None:
         """Room for a mean or a variance, none for a count."""
@@ -115,7 +119,7 @@ def recompute(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> 
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return run(x)
     if torch.compiler.is_compiling():  # the compiler takes the updates of statistics out of what it computes twice
-        out: Tensor = checkpoint(run, x, use_reentrant=False)
+        out: Tensor = checkpoint(_Guarded(module, run), x, use_reentrant=False)
     elif is_recorded() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         out = run(x)
     else:
@@ -124,6 +128,23 @@ def recompute(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> 
         with set_checkpoint_early_stop(stop):
             out = checkpoint(run, x, use_reentrant=False, context_fn=partial(_contexts, module))
     return out
+
+
+class _Guarded:
+    """`run`, and where a graph break makes torch run a checkpoint that was to be compiled, the second pass as then."""
+
+    def __init__(self, module: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
+        self.module, self.run = module, run
+        self.then: AsThen | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.run(x)
+        if self.then is None:
+            self.then = AsThen(self.module.modules(), recorded=True)
+            return self.run(x)
+        with self.then:
+            return self.run(x)
 
 
 def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -74,8 +74,9 @@ class Residual(nn.Module):
         drop_path: stochastic depth, applied to the scaled branch.
         checkpoint: True keeps only the input and recomputes the rest in backward (`resblocks.recompute`); "norms"
             keeps what norms read and rebuilds what they and the activations behind them put out
-            (`resblocks.rebuild`). Results are the same. With True hooks on the parts run again in backward; with
-            "norms" they see each value once: what they look at is kept. Under torch.compile and within another
+            (`resblocks.rebuild`). Results are the same. With True hooks on the parts run again in backward, during
+            which no other thread may run, switch or save the block; with "norms" they see each value once: what they
+            look at is kept. Under torch.compile and within another
             checkpoint "norms" changes nothing.
         skip: False drops the shortcut for good and builds a plain block.
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import TypeGuard
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def is_traced(x: object) -> bool:
@@ -16,7 +18,7 @@ def is_traced(x: object) -> bool:
     # is_compiling comes first: torch.compile and torch.export then trace nothing of this.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
-    if is_recorded():
+    if is_recorded() or is_kept():
         return True
     # Function transforms and forward-mode differentiation need operators that they know.
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -27,6 +29,20 @@ def is_traced(x: object) -> bool:
 def is_recorded() -> bool:
     """Whether `make_fx` writes operators down; it knows neither checkpoints nor autograd functions of our own."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def is_kept() -> bool:
+    """Whether torch's selective checkpoint keeps what operators put out, which may then not be written over."""
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        isinstance(mode, SELECTIVE) for mode in _get_current_dispatch_mode_stack()
+    )
+
+
+SELECTIVE = tuple(
+    getattr(torch.utils.checkpoint, name)
+    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    if hasattr(torch.utils.checkpoint, name)
+)
 
 
 def is_plain(x: object) -> TypeGuard[Tensor]:

@@ -639,6 +639,28 @@ def test_transition_costs_the_convolution_of_the_pooled_map() -> None:
 # --- two processes
 
 
+def test_norm_that_serves_twice_counts_as_plain() -> None:
+    def statistics(memory: str) -> Tensor:
+        torch.manual_seed(0)
+        block = DenseBlock(4, 8, growth_rate=2, memory=memory, norm=lambda c: nn.BatchNorm2d(c, momentum=None))
+        block[1].branch.norm2 = block[0].branch.norm2
+        block(torch.randn(2, 4, 4, 4))
+        return block[0].branch.norm2.running_mean
+
+    torch.testing.assert_close(statistics("shared"), statistics("plain"))
+
+
+@pytest.mark.parametrize("stride", [2, 41, 61])  # whose inverse in float32, times a multiple, is below the integer
+def test_transition_of_any_stride_equals_plain(stride: int) -> None:
+    grads = []
+    for memory in ("shared", "plain"):
+        torch.manual_seed(0)
+        pool, x = Transition(2, 2, stride, dims=1, memory=memory), torch.randn(2, 2, 2 * stride, requires_grad=True)
+        pool(x).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("index", [slice(2), slice(1, None), slice(None, None, 1)])
 def test_slices_are_sequences_of_the_same_layers(index: slice) -> None:
     for block in (DenseBlock(4, 16, growth_rate=4), Transition(4, 4)):

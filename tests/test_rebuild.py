@@ -120,6 +120,29 @@ def test_every_pair_is_let_go(saved, name, pairs, activation):
     assert saved(kept, x) - saved(rebuilt, x) == pairs * maps * 3 * width * 36 * 4
 
 
+@pytest.mark.parametrize("norm", [name for name in NORMS if name != "batch"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.Tanh])
+def test_every_norm_lets_the_activation_go(saved, norm, activation):
+    kept, rebuilt = (
+        rb.BasicBlock(16, 16, activation=activation, checkpoint=checkpoint, **NORMS[norm])
+        for checkpoint in (False, "norms")
+    )
+    x = image(16, 6)
+    assert saved(kept, x) - saved(rebuilt, x) > 0.9 * 3 * 16 * 36 * 4
+
+
+def test_layer_that_keeps_a_sparse_tensor_gives_the_same():
+    class Graph(nn.Linear):
+        def forward(self, x):
+            return super().forward(torch.sparse.mm(torch.eye(4).to_sparse(), x))
+
+    torch.manual_seed(0)
+    block = rb.Residual(nn.Sequential(nn.LayerNorm(8), nn.ReLU(), Graph(8, 8)), checkpoint="norms")
+    twin = rb.Residual(copy.deepcopy(block.branch))
+    x = torch.randn(4, 8)
+    assert_equal(step(block, x), step(twin, x))
+
+
 def test_net_rebuilds_stem_and_final_too(saved):
     def kept(checkpoint):
         net = rb.ResNet(rb.WideBlock, [1], [16], stem="deep", stem_width=16, num_classes=3, checkpoint=checkpoint)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import Thread
 
 import pytest
@@ -14,6 +16,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from resblocks import BasicBlock, PreActBasicBlock, Residual, create_model, skips_off
 from resblocks.layers import group_norm, instance_norm
@@ -88,6 +91,66 @@ def test_block_is_whole_after_an_error_on_the_way_into_a_second_pass(fault, call
 def test_jit_traces_a_block_that_recomputes():
     block, x = BasicBlock(4, 4, checkpoint=True).eval(), torch.randn(1, 4, 4, 4)
     torch.testing.assert_close(torch.jit.trace(block, x)(x), block(x))
+
+
+class Breaking(nn.Module):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+@pytest.mark.parametrize("layer", [nn.Identity, Breaking])
+def test_compiled_block_counts_each_batch_once_also_with_a_graph_break(layer):
+    block = Residual(nn.Sequential(nn.Conv2d(4, 4, 1), layer(), nn.BatchNorm2d(4)), checkpoint=True)
+    torch.compile(block, backend="aot_eager")(torch.randn(2, 4, 4, 4)).sum().backward()
+    assert block.branch[2].num_batches_tracked == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_block_with_a_compiled_part_recomputes_it():
+    block = BasicBlock(4, 4, checkpoint=True)
+    block.branch.norm2 = torch.compile(block.branch.norm2, backend="aot_eager")
+    block(torch.randn(2, 4, 4, 4)).sum().backward()
+    assert all(weight.grad is not None for weight in block.parameters())
+
+
+def test_state_dict_taken_during_a_second_pass_is_the_true_one():
+    block, seen = BasicBlock(4, 4, checkpoint=True), []
+    block.branch.conv2.register_forward_hook(lambda *_: seen.append(copy.deepcopy(block.state_dict())))
+    y = block(torch.randn(2, 4, 4, 4)).sum()
+    true = copy.deepcopy(block.state_dict())
+    y.backward()
+    assert seen[1].keys() == true.keys()
+    assert all(torch.equal(value, true[key]) for key, value in seen[1].items())
+
+
+def test_threads_whose_blocks_share_a_norm_leave_it_whole():
+    norm = nn.BatchNorm2d(4)
+    blocks = [Residual(nn.Sequential(nn.Conv2d(4, 4, 1), norm), checkpoint=True) for _ in range(2)]
+    for _ in range(20):
+        losses = [block(torch.randn(2, 4, 4, 4)).sum() for block in blocks]
+        before = {key: value.clone() for key, value in norm.state_dict().items()}
+        threads = [Thread(target=loss.backward) for loss in losses]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+        assert len(before) == len(norm.state_dict()) == 5
+
+
+@pytest.mark.parametrize("kept", ["native_batch_norm", "relu", "add"])
+def test_torchs_selective_checkpoint_gives_the_same(kept):
+    policy = [getattr(torch.ops.aten, kept).default if kept != "add" else torch.ops.aten.add.Tensor]
+    block = BasicBlock(4, 4)
+    twin = copy.deepcopy(block)
+    x = torch.randn(2, 4, 4, 4)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    checkpoint(block, x, use_reentrant=False, context_fn=contexts).square().sum().backward()
+    twin(x).square().sum().backward()
+    for ours, theirs in zip(block.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 @both
