@@ -31,6 +31,7 @@ from resblocks.training.device import COMPILE_MODES, pick_device
 from resblocks.training.environment import environment
 from resblocks.training.experiment import build_net
 from resblocks.training.files import write_json
+from resblocks.training.program import run_as_program
 from resblocks.training.recipe import whole_recipe
 
 RUNS = Path(__file__).resolve().parent / "results" / "runs"
@@ -146,11 +147,12 @@ def is_finished(file: Path, cell: Cell, dataset: Dataset) -> bool:
     if not file.exists():
         return False
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): remove it, and the run is made again") from error
+        settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        found = {name: settings[name] for name in wanted(cell, dataset)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): remove it, and the run is made again") from error
     for name, value in wanted(cell, dataset).items():
-        there = found["settings"][name]
+        there = found[name]
         if name == "recipe":
             there = whole_recipe(there)
         there = {key: there.get(key) for key in value} if isinstance(value, dict) else there
@@ -218,7 +220,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, RuntimeError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run_as_program(main)

@@ -11,7 +11,6 @@ on from the last checkpoint, and a finished net is not trained again. The number
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from resblocks.training import (
@@ -23,6 +22,7 @@ from resblocks.training import (
     load_dataset,
     run_experiment,
 )
+from resblocks.training.program import run_as_program
 
 
 def parse_options() -> argparse.Namespace:
@@ -79,7 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_as_program(main)

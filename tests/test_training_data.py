@@ -136,14 +136,32 @@ def test_images_of_another_size_are_not_cifar(tmp_path: Path) -> None:
         load_cifar10(tree, download=False, cache_dir=tmp_path / "cache")
 
 
-def test_links_to_folders_are_followed_and_broken_ones_left_out(tmp_path: Path) -> None:
+def test_links_to_folders_are_followed_but_not_upwards(tmp_path: Path) -> None:
     tree = _write_tree(tmp_path / "pets")
     for part in ("train", "test"):
         (tree / part / "fox").symlink_to(tree / part / "dog")
-        (tree / part / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+        (tree / part / "cat" / "up").symlink_to(tree)
     data = load_folder(tree, cache_dir=tmp_path / "cache")
     assert data.classes == ("cat", "dog", "fox")
     assert len(data.train_images) == 9
+
+
+def test_link_to_what_is_not_there_raises(tmp_path: Path) -> None:
+    tree = _write_tree(tmp_path / "pets")
+    (tree / "train" / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(RuntimeError, match=r"gone\.png links to .*nowhere\.png, which is not there"):
+        load_folder(tree, cache_dir=tmp_path / "cache")
+
+
+def test_picture_of_a_camera_is_turned_as_it_was_held(tmp_path: Path) -> None:
+    image = Image.new("RGB", (2, 4))
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "a.png", exif=exif)
+    turned = sources.open_image(tmp_path / "a.png", (tmp_path / "a.png").read_bytes())
+    assert turned.size == (4, 2)
+    assert turned.getpixel((3, 0)) == (255, 0, 0)
 
 
 def test_files_that_are_left_out_are_said(tmp_path: Path) -> None:

@@ -233,6 +233,7 @@ def test_gpu_of_a_run_is_the_current_one_until_its_end(tmp_path: Path, monkeypat
         assert args[4] == picked
         raise Reached
 
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
     module = sys.modules["resblocks.training.fit"]
     monkeypatch.setattr(torch.cuda, "device", made_current)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", asked)
@@ -276,6 +277,66 @@ def test_out_of_memory_says_the_batch_size(error: RuntimeError, tmp_path: Path) 
         match=r"out of memory at step 0 with batch size 16 \(16 on each of 1 processes\): give a smaller --batch-size",
     ):
         tiny_fit(tmp_path, Hungry(), gradients=False)
+
+
+def test_net_that_changes_in_training_is_refused_before_the_folder_is_taken(tmp_path: Path) -> None:
+    class Auxiliary(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> Any:
+            return (super().forward(x), 0) if self.training else super().forward(x)  # type: ignore[no-untyped-call]
+
+    with pytest.raises(ValueError, match=r"a logit for each class, \(2, 3\) .* in training \(.*\), got tuple"):
+        tiny_fit(tmp_path, Auxiliary(tiny_net()))
+    norm = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"in training \(start_scale=1.0, 1 images a process .*more than 1 value"):
+        tiny_fit(tmp_path, norm, recipe=Recipe(epochs=1, batch_size=1, crop=1))
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_nets_of_a_script_start_differently_and_are_found_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        nets = [tiny_net() for _ in "abc"]  # which seed themselves
+        torch.manual_seed(0)
+        results = []
+        for name, net in zip("abc", nets, strict=True):
+            nn.init.normal_(net[0].weight)
+            results.append(tiny_fit(tmp_path / name, net))
+        starts = [result.settings["net"]["starting_weights"][0] for result in results]
+        assert len(set(starts)) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda net: nn.init.constant_(net[0].weight, math.nan), "net must start from finite weights, got .* 0.weight"),
+        (lambda net: net.append(nn.LazyLinear(3)), "net must know its shapes before training, got a lazy"),
+        (lambda net: net.append(Extra()), "net must have a state dict of tensors alone, got dict under"),
+    ],
+)
+def test_net_that_cannot_be_trained_or_saved_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    net = tiny_net()
+    change(net)
+    with pytest.raises(ValueError, match=message):
+        tiny_fit(tmp_path, net)
+
+
+class Extra(nn.Identity):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 1}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_infinite_mask_is_no_divergence(tmp_path: Path) -> None:
+    net = tiny_net()
+    net.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+    assert len(tiny_fit(tmp_path, net).epochs) == 2
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta"])
+def test_device_that_cannot_be_is_named(tmp_path: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=f"device must be .*, got '{device}'"):
+        tiny_fit(tmp_path, device=device)
 
 
 def test_other_errors_come_through_as_they_are(tmp_path: Path) -> None:
@@ -640,7 +701,7 @@ def test_net_is_in_evaluation_mode_after_a_run_and_after_the_same_call(tmp_path:
     ("option", "value"), [("checkpoint_steps", -1), ("checkpoint_seconds", -1), ("checkpoint_seconds", math.nan)]
 )
 def test_intervals_below_zero_and_nan_are_refused(option: str, value: float, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{option} must be at least 0, got {value}"):
+    with pytest.raises(ValueError, match=f"{option} must be (an integer of )?at least 0, got {value}"):
         tiny_fit(tmp_path, **{option: value})
 
 

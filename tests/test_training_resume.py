@@ -22,7 +22,7 @@ import training_workers as workers
 from training_workers import RECIPE, STEPS, error_of, run, tiny_fit, tiny_net, weights_of
 
 from resblocks import BasicBlock, Network, ResNet, set_skip
-from resblocks.training import FolderLock, Result, load_checkpoint, load_weights, save_checkpoint
+from resblocks.training import FolderLock, Result, folder, load_checkpoint, load_weights, save_checkpoint
 from resblocks.training.checkpoint import digest_path, list_checkpoints
 from resblocks.training.files import write_atomic
 
@@ -199,10 +199,51 @@ def _fit_with_fault(out: Path, net: torch.nn.Module, fault: str, step: int, **op
         tiny_fit(out, net, **options)
 
 
+def test_disk_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_fit(tmp_path)
+    (tmp_path / "result.json").unlink()
+    checkpoints, read = list_checkpoints(tmp_path), Path.open
+
+    def stale(path: Path, *args: Any, **options: Any) -> Any:
+        if path.suffix == ".pt":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", stale)
+        with pytest.raises(RuntimeError, match=r"could not read .*\.pt: Stale file handle; the same command goes on"):
+            tiny_fit(tmp_path)
+    assert list_checkpoints(tmp_path) == checkpoints
+    assert len(tiny_fit(tmp_path).epochs) == 2
+
+
+def test_run_goes_on_with_or_without_gradients_as_it_began(tmp_path: Path) -> None:
+    assert run(tmp_path / "run", (workers.signal_at_step, (signal.SIGTERM, 6)), gradients=False) == [143]
+    with pytest.warns(UserWarning, match="holds a run with gradients=False: it goes on so"):
+        assert tiny_fit(tmp_path / "run", gradients=True).gradients == []
+
+
+def test_function_called_skip_is_no_setting() -> None:
+    one, other = tiny_net(), tiny_net()
+    one.skip, other.skip = (lambda x: x), (lambda x: x)
+    assert folder.layers(one) == folder.layers(other)
+
+
+def test_weights_in_another_order_are_others() -> None:
+    state = tiny_net().state_dict()
+    turned = {name: tensor.flip(0) for name, tensor in state.items()}
+    assert folder.are_same(folder.weights(state), folder.weights(state)[:2])  # as older folders have them
+    assert not folder.are_same(folder.weights(state), folder.weights(turned))
+
+
 def test_weights_that_went_bad_are_not_saved(tmp_path: Path) -> None:
     net = tiny_net()
-    with torch.no_grad():
-        net[1].running_mean.fill_(float("inf"))  # training does not read it
+    net[1].register_buffer("spare", torch.zeros(1))  # which nothing reads
+
+    def spoil(norm: Any, *_: object) -> None:
+        norm.spare.fill_(float("inf"))
+
+    net[1].register_forward_hook(spoil)
     with pytest.raises(RuntimeError, match="weights of tiny became infinite or NaN by step 2"):
         tiny_fit(tmp_path, net)
     assert list_checkpoints(tmp_path) == []
@@ -342,9 +383,8 @@ def test_settings_that_fail_in_the_first_step_do_not_keep_the_folder(tmp_path: P
     def net() -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 3))
 
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(ValueError, match=r"in training \(start_scale=0.5, .*shapes cannot be multiplied"):
         tiny_fit(tmp_path, net(), recipe=replace(RECIPE, start_scale=0.5), gradients=False)
-    assert (tmp_path / "run.json").exists()
     assert len(tiny_fit(tmp_path, net()).epochs) == 2
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -15,6 +14,7 @@ from resblocks.training.data import DATASETS, load_dataset
 from resblocks.training.device import COMPILE_MODES
 from resblocks.training.experiment import run_experiment
 from resblocks.training.fit import fit
+from resblocks.training.program import run_as_program
 from resblocks.training.ranks import Ranks
 from resblocks.training.recipe import RECIPES, Recipe, get_recipe
 
@@ -165,7 +165,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_as_program(main)

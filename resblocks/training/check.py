@@ -1,34 +1,61 @@
-"""Whether net and data go together, seen on one image before anything is written."""
+"""Whether net and data go together, seen on an image or two before anything is written."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from .augment import normalise
+from resblocks.undisturbed import restored
+
+from .augment import normalise, resize
 from .data import Dataset
+from .device import is_out_of_memory
 from .loop import Loop
 
 
+def check_trainable(net: nn.Module) -> None:
+    """Raise unless a net is finished, finite, has weights to train, and a state that weights can be saved of."""
+    for name, weight in net.named_parameters():
+        if is_lazy(weight):
+            raise ValueError(f"net must know its shapes before training, got a lazy {name}: call it on an image once")
+        if not weight.isfinite().all():
+            raise ValueError(f"net must start from finite weights, got infinite or NaN values in {name}")
+    if not any(weight.requires_grad for weight in net.parameters()):
+        raise ValueError("net must have a parameter to train, got none with requires_grad=True")
+    for name, value in net.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"net must have a state dict of tensors alone, got {type(value).__name__} under {name!r}")
+
+
 def check_net(loop: Loop, dataset: Dataset) -> None:
-    """Let the net see one image, in evaluation mode; net and random numbers are left as they were.
+    """Let the net see one image in evaluation and two in training; net and random numbers are left as they were.
 
     Raises:
         ValueError: it does not take the images, or does not put out one logit for each class.
     """
-    was_training = {module: module.training for module in loop.net.modules()}
     gpus = [loop.device] if loop.device.type == "cuda" else []
     images = normalise(loop.images[:1], loop.mean, loop.std).contiguous(memory_format=loop.memory_format)
+    with torch.random.fork_rng(gpus), torch.no_grad(), restored(loop.net), loop.autocast():
+        loop.net.eval()
+        check_logits(loop, images, len(dataset.classes), f"of shape {dataset.shape} (C, H, W)")
+        loop.net.train()
+        two = loop.images[: min(2, loop.local_batch)]  # normalisation over one value fails with a batch of one
+        smaller = resize(normalise(two, loop.mean, loop.std), loop.recipe.scale_at(0, loop.total_steps))
+        settings = f"start_scale={loop.recipe.start_scale}, {loop.local_batch} images a process and step"
+        said = f"of shape {tuple(smaller.shape[1:])} in training ({settings})"
+        check_logits(loop, smaller.contiguous(memory_format=loop.memory_format), len(dataset.classes), said)
+
+
+def check_logits(loop: Loop, images: Tensor, classes: int, said: str) -> None:
+    """Raise unless the net makes a logit for each class of such images."""
     try:
-        with torch.random.fork_rng(gpus), torch.no_grad(), loop.autocast():
-            logits = loop.net.eval()(images)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"net must take images of shape {dataset.shape} (C, H, W), it says: {error}") from error
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
-    expected = 1, len(dataset.classes)
+        logits = loop.net(images)
+    except (RuntimeError, ValueError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"net must take images {said}, it says: {error}") from error
+    expected = len(images), classes
     if getattr(logits, "shape", None) != expected:
         got = tuple(logits.shape) if hasattr(logits, "shape") else type(logits).__name__
-        raise ValueError(f"net must put out a logit for each class, {expected} for one image, got {got}")
+        raise ValueError(f"net must put out a logit for each class, {expected} for images {said}, got {got}")

@@ -48,10 +48,8 @@ def save_checkpoint(folder: str | Path, state: dict[str, Any], *, step: int, epo
         try:
             write_digested(path, buffer.getbuffer())
         except RuntimeError as error:
-            kept = f"{older[-1]} is kept" if older else "there is none from before"
-            raise RuntimeError(
-                f"no checkpoint at step {step}: {error}; {kept}, the same command goes on from it"
-            ) from error
+            kept = f"{older[-1]} is kept, the same command goes on from it" if older else "there is none from before"
+            raise RuntimeError(f"no checkpoint at step {step}: {error}; {kept}") from error
     for old in list_checkpoints(folder)[:-KEEP]:
         old.unlink(missing_ok=True)
         digest_path(old).unlink(missing_ok=True)
@@ -62,7 +60,8 @@ def save_checkpoint(folder: str | Path, state: dict[str, Any], *, step: int, epo
 def load_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is whole, or None; tensors come on the CPU.
 
-    A damaged one is named in a warning and removed, lest a later one be counted against it, and the one before is used.
+    A damaged one is named in a warning and put aside with its digest, lest a later one be counted against it, and the
+    one before is used.
     """
     for path in reversed(list_checkpoints(folder)):
         if is_intact(path):
@@ -71,8 +70,10 @@ def load_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
         warnings.warn(
             f"checkpoint {path} is damaged or incomplete and is not used; going back to the one before", stacklevel=2
         )
-        path.replace(path.with_suffix(".damaged"))
-        digest_path(path).unlink(missing_ok=True)
+        aside = path.with_suffix(".damaged")
+        path.replace(aside)
+        if digest_path(path).exists():
+            digest_path(path).replace(digest_path(aside))
     return None
 
 

@@ -29,11 +29,17 @@ def pick_device(device: str = "auto", local_rank: int = 0) -> torch.device:
     """ "auto" is a GPU where there is one and the CPU elsewhere; anything else is taken at its word.
 
     Raises:
+        ValueError: no such kind of device.
         RuntimeError: a GPU was asked for and is not there: training never falls back to the CPU in silence.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    picked = torch.device(device)
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:1, ..., got {device!r}") from error
+    if picked.type == "meta":
+        raise ValueError("device must be one that computes, got 'meta'")
     if picked.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(device.partition(":")[2] or local_rank)
@@ -86,6 +92,12 @@ def has_matrix_tiles() -> bool:
 
 def _processor_has(feature: str) -> bool:
     return bool(getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch had no memory left, on a GPU or on the CPU."""
+    signs = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:

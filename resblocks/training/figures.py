@@ -68,7 +68,7 @@ def draw_figures(results: Sequence[Result], folder: str | Path, formats: Sequenc
             "figure4_training_all": _curves(results, "train", "training set"),
             "figure5_validation_all": _curves(results, "eval", part),
         }
-        if all(result.gradients and result.gradients[0]["layers"] for result in results):
+        if all(_has_gradients(result) for result in results):
             figures["figure3_gradients"] = _gradients(results)
         return [path for name in sorted(figures) for path in _save(figures[name], Path(folder) / name, formats)]
 
@@ -133,6 +133,12 @@ def _curves(results: Sequence[Result], part: str, where: str) -> Any:
     for axes in (left, right):
         _whole_numbers(axes)
     return _finish(figure, left, results)
+
+
+def _has_gradients(result: Result) -> bool:
+    """Whether those before and after the training are there."""
+    recorded = [moment["epoch"] for moment in result.gradients if moment["layers"]]
+    return recorded[:1] == [0] and recorded[-1] == len(result.epochs)
 
 
 def _gradients(results: Sequence[Result]) -> Any:

@@ -110,11 +110,19 @@ def write_digested(path: str | Path, data: bytes | memoryview) -> None:
 
 
 def is_intact(path: Path) -> bool:
-    """True when `path` and its digest are there and agree. One flipped bit in a tensor loads silently otherwise."""
+    """True when `path` and its digest are there and agree. One flipped bit in a tensor loads silently otherwise.
+
+    Raises:
+        RuntimeError: they cannot be read, which says nothing about what they hold.
+    """
     try:
         return digest_path(path).read_text().split()[:1] == [sha256(path)]
-    except (OSError, UnicodeDecodeError):
+    except (FileNotFoundError, UnicodeDecodeError):
         return False
+    except OSError as error:
+        raise RuntimeError(
+            f"could not read {path}: {error.strerror or error}; the same command goes on when the disk answers"
+        ) from error
 
 
 def remove_leftovers(folder: Path) -> None:

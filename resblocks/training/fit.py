@@ -10,7 +10,8 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,10 +19,19 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from .check import check_net
+from resblocks.checks import check_integer
+
+from .check import check_net, check_trainable
 from .checkpoint import list_checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights
 from .data import Dataset
-from .device import cudnn_search, current_device, pick_compile_mode, pick_device, pick_precision
+from .device import (
+    cudnn_search,
+    current_device,
+    is_out_of_memory,
+    pick_compile_mode,
+    pick_device,
+    pick_precision,
+)
 from .environment import environment
 from .files import FolderLock, remove_leftovers, write_json
 from .folder import check_same, check_settings, claim, read_finished, run_settings
@@ -100,8 +110,8 @@ def fit(
     """
     ranks, out = ranks or Ranks(), Path(out)
     mode = pick_compile_mode(compile, compile_mode)
-    _check_checkpoints(checkpoint_steps=checkpoint_steps, checkpoint_seconds=checkpoint_seconds)
-    _check_trainable(net)
+    _check_checkpoints(checkpoint_steps, checkpoint_seconds)
+    check_trainable(net)
     picked = pick_device(device, ranks.local_rank)
     dtype = pick_precision(precision, picked)
     rounding = {"precision": str(dtype).removeprefix("torch."), "channels_last": channels_last}
@@ -112,6 +122,8 @@ def fit(
         settings["small_maps"] = True
     with contextlib.ExitStack() as stack:
         stack.enter_context(current_device(picked))
+        # The caller's generators are afterwards what they were, whether the run is made or read.
+        stack.enter_context(torch.random.fork_rng([picked] if picked.type == "cuda" else []))
         lock = FolderLock(out)
         stack.callback(lock.release)
         ranks.first(lock.acquire)
@@ -126,7 +138,8 @@ def fit(
             stack.enter_context(cudnn_search(deterministic))
         how: dict[str, Any] = {"compile_mode": mode, "graph": graph, "channels_last": channels_last}
         loop = Loop(net, dataset, recipe, seed, picked, dtype, ranks, **how)
-        check_net(loop, dataset)
+        with _explained(loop):
+            check_net(loop, dataset)
         ranks.first(lambda: claim(out, settings))
         params = sum(weight.numel() for weight in net.parameters())
         images = {"train": len(dataset.train_images), "eval": len(dataset.test_images)}
@@ -141,15 +154,10 @@ def fit(
         return result
 
 
-def _check_checkpoints(**options: float) -> None:
-    for option, value in options.items():
-        if not value >= 0:  # nor NaN
-            raise ValueError(f"{option} must be at least 0, got {value}")
-
-
-def _check_trainable(net: nn.Module) -> None:
-    if not any(weight.requires_grad for weight in net.parameters()):
-        raise ValueError("net must have a parameter to train, got none with requires_grad=True")
+def _check_checkpoints(steps: int, seconds: float) -> None:
+    check_integer(0, checkpoint_steps=steps)
+    if not seconds >= 0:  # nor NaN
+        raise ValueError(f"checkpoint_seconds must be at least 0, got {seconds}")
 
 
 def _load_finished(net: nn.Module, out: Path, ranks: Ranks) -> None:
@@ -181,7 +189,7 @@ class _Run:
     def train(self) -> None:
         """What is to be done next follows from (step, finished epochs) alone, so a resumed run cannot go astray."""
         loop, result = self.loop, self.result
-        with self.explained():
+        with _explained(self.loop, lambda: self.step):
             self.resume()
             self.log.start(loop.total_steps, self.step)
             if self.gradients and not result.gradients:
@@ -241,7 +249,7 @@ class _Run:
     def evaluate(self) -> dict[str, float]:
         """Loss and accuracy, unless a signal stops the run or they say that it diverged."""
         started = time.monotonic()
-        evaluated = self.loop.evaluate(stop=lambda: self.signals.number != 0)
+        evaluated = self.loop.evaluate(len(self.result.epochs), stop=lambda: self.signals.number != 0)
         if evaluated is None:
             self.save()
             self.interrupt(self.signals.number)
@@ -302,6 +310,9 @@ class _Run:
         self.loop.load(state)
         self.step, self.seconds = state["step"], state["seconds"]
         self.result.epochs, self.result.gradients = state["epochs"], state["gradients"]
+        if self.gradients != bool(self.result.gradients):
+            self.gradients = not self.gradients
+            warnings.warn(f"{self.out} holds a run with gradients={self.gradients}: it goes on so", stacklevel=2)
         now = self.result.environment
         self.result.earlier_environments = [one for one in state["environments"] if one != now]
         self.log.catch_up(self.result.epochs)
@@ -351,24 +362,22 @@ class _Run:
         good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         return f"({good}): try a lower --lr in another --out"
 
-    @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """Say what torch's errors mean for the run."""
-        batch, each, size = self.loop.recipe.batch_size, self.loop.local_batch, self.ranks.size
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
-                raise RuntimeError(
-                    f"out of memory at step {self.step} with batch size {batch} ({each} on each of {size} processes): "
-                    f"give a smaller --batch-size, or more processes, in another --out"
-                ) from error
-            if self.ranks.is_no_answer(error):
-                raise RuntimeError(
-                    f"another process died or was silent too long at step {self.step}; "
-                    f"the last checkpoint stays: run the same command again"
-                ) from error
-            raise
 
-
-_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+@contextlib.contextmanager
+def _explained(loop: Loop, step: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Say what torch's errors mean for the run."""
+    batch, each, size = loop.recipe.batch_size, loop.local_batch, loop.ranks.size
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise RuntimeError(
+                f"out of memory at step {step()} with batch size {batch} ({each} on each of {size} processes): "
+                f"give a smaller --batch-size, or more processes, in another --out"
+            ) from error
+        if loop.ranks.is_no_answer(error):
+            raise RuntimeError(
+                f"another process died or was silent too long at step {step()}; "
+                f"the last checkpoint stays: run the same command again"
+            ) from error
+        raise

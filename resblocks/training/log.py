@@ -124,7 +124,7 @@ def _epochs_in(path: Path) -> set[int]:
     """The epochs that a log holds; a line that a kill tore counts for nothing."""
     found = set()
     for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             event = json.loads(line)
             if event["event"] == "epoch":
                 found.add(event["epoch"])

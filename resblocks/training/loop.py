@@ -21,7 +21,7 @@ from .meter import Meter
 from .ranks import Ranks
 from .recipe import Recipe
 
-GRADIENT_IMAGES = 128  # of the training set, the same ones every time
+GRADIENT_IMAGES = 128  # of the training set, the same ones every time; fewer where a process has smaller batches
 
 
 class Loop:
@@ -93,6 +93,8 @@ class Loop:
         )
         self.optimizer.zero_grad(set_to_none=True)  # the first step would add its gradient to the caller's
         self.meter = Meter(device)
+        state = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+        self.finite_at_start = [name for name, tensor in state.items() if tensor.isfinite().all()]  # a mask is not
         self.graphed = GraphedStep(self.update, self._changing) if graph else None
 
     def order(self, epoch: int) -> Tensor:
@@ -163,11 +165,12 @@ class Loop:
         return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
 
     @torch.no_grad()
-    def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[float, float] | None:
+    def evaluate(self, epoch: int = 0, stop: Callable[[], bool] = lambda: False) -> tuple[float, float] | None:
         """Mean loss and accuracy in percent over the whole evaluation part; None if `stop` became true.
 
         Each image is seen by exactly one rank, none twice: padding to equal parts would bias the mean.
         """
+        self.reseed(derive_seed("evaluate", self.seed, epoch, self.ranks.rank))  # some nets draw there, too
         self.ranks.broadcast_(list(self.net.buffers()))  # batch norm statistics differ by rank
         self.net.eval()
         sums = Meter(self.device)
@@ -200,7 +203,7 @@ class Loop:
         from resblocks.diagnostics import gradient_sizes
 
         self.reseed(derive_seed("gradients", self.seed))
-        rows = self.order(0)[:GRADIENT_IMAGES]  # shuffled: files come class by class
+        rows = self.order(0)[: min(GRADIENT_IMAGES, self.local_batch)]  # shuffled: files come class by class
         images = normalise(self.images[rows], self.mean, self.std).contiguous(memory_format=self.memory_format)
         with restored(self.net):
             logits = self.net.train()(images)
@@ -221,9 +224,9 @@ class Loop:
             yield
 
     def finite(self) -> bool:
-        """True when no weight or buffer of the net is infinite or not a number."""
-        tensors = [t for t in self.net.state_dict().values() if t.is_floating_point()]
-        return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+        """True when no weight or buffer of the net has become infinite or not a number."""
+        state = self.net.state_dict()
+        return bool(torch.stack([state[name].isfinite().all() for name in self.finite_at_start]).all())
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, as tensors and plain types; the sums are those of all ranks."""

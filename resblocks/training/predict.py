@@ -27,9 +27,7 @@ def describe(net: nn.Module, dataset: Dataset) -> dict[str, Any]:
     try:
         config = to_config(net)
         json.dumps(config, allow_nan=False)
-    except (
-        Exception
-    ):  # no net of ours or one that was changed, nameless or infinite arguments, a constructor's own error
+    except Exception:  # no net of ours, one that was changed, nameless or infinite arguments, a constructor's error
         config = None
     return {
         "config": config,
@@ -67,11 +65,15 @@ class Trained(nn.Module):
         if images.dtype != torch.uint8 or images.shape[1:] != self.shape:
             expected = ", ".join(map(str, self.shape))
             raise ValueError(f"images must be uint8 of shape (N, {expected}), got {images.dtype} {tuple(images.shape)}")
-        pixels = normalise(images.to(self.mean.device), self.mean, self.std)
-        logits: Tensor = self.net(pixels)
+        pixels = normalise(images.to(self.mean.device), self.mean, self.std).to(next(self.net.parameters()).dtype)
+        logits: Tensor = self.net(pixels).float()
         if self.flip:
-            logits = (logits + self.net(pixels.flip(3))) / 2
+            logits = (logits + self.net(pixels.flip(3)).float()) / 2
         return logits.softmax(1)
+
+    def train(self, mode: bool = True) -> Trained:
+        """Stay in evaluation mode."""
+        return super().train(False)
 
     def predict(self, image: Tensor | Image | str | Path) -> dict[str, float]:
         """The probability of each class, the likeliest first, for one image: (C, H, W) uint8, of Pillow, or a file.
@@ -79,12 +81,15 @@ class Trained(nn.Module):
         Files and images of Pillow become grey or coloured as those of the training, and are resized to their size.
 
         Raises:
-            ValueError: a tensor of another type or shape, pixels of more than 8 bits.
+            ValueError: something else, a tensor of another type or shape, pixels of more than 8 bits.
             RuntimeError: a file that is not such an image.
         """
         if isinstance(image, (str, Path)):
             image = open_image(Path(image), Path(image).read_bytes())
         if not isinstance(image, Tensor):
+            if not hasattr(image, "convert"):
+                kind = type(image).__name__
+                raise ValueError(f"image must be a tensor, an image of Pillow or the path of a file, got {kind}")
             channels, height, width = self.shape
             image = to_tensor(plain(image).convert("L" if channels == 1 else "RGB").resize((width, height)))
         found = self(image[None])[0]
@@ -106,7 +111,9 @@ def load_trained(folder: str | Path, net: nn.Module | None = None, *, trust: Seq
     try:
         result = Result.read(path)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"folder must hold a finished run, got {folder} ({error})") from error
+        inside = sorted(found.parent.name for found in Path(folder).glob("*/result.json"))
+        hint = f"; it has those of {', '.join(inside)}" if inside else ""
+        raise ValueError(f"folder must hold a finished run, got {folder} ({error}){hint}") from error
     if not result.model:
         raise ValueError(f"folder must hold a run that says mean, std and classes, {path} is older: use load_weights")
     if net is None:

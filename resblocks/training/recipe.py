@@ -48,7 +48,10 @@ class Recipe:
         check_positive(epochs=self.epochs, batch_size=self.batch_size)
         check_integer(0, crop=self.crop, cutout=self.cutout)
         for name in ("weight_decay", "clip_norm", "gamma", "warmup_start"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            value = getattr(self, name)
+            _check(math.isfinite(value) and value >= 0, name, value, "at least 0 and finite")
+        for name in ("nesterov", "flip", "alternate_flip"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         _check(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "positive and finite")
         for name in ("momentum", "label_smoothing", "warmup"):
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
@@ -176,4 +179,6 @@ def get_recipe(name: str = "paper", **overrides: Any) -> Recipe:
     given = {key: value for key, value in overrides.items() if value is not None}
     if "milestones" in given:
         given["milestones"] = tuple(given["milestones"])
+    elif given.get("schedule", "steps") != "steps":
+        given["milestones"] = ()  # those of the recipe are its schedule's
     return replace(RECIPES[name], **given)

@@ -27,6 +27,8 @@ class Signals:
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is signal.SIG_IGN:  # a shell's wish for what runs behind it
+                    continue
                 self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -28,7 +28,7 @@ from .files import _TEMPORARY, is_intact, sha256, write_digested
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 _PARTS = ("train", "test")
-_DECODER = 1  # to be raised where other images or pixels come out of the same files: what is cached is decoded again
+_DECODER = 2  # to be raised where other images or pixels come out of the same files: what is cached is decoded again
 _DAMAGED = (tarfile.ReadError, EOFError, lzma.LZMAError, zlib.error, OSError)
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # train images and labels, test images and labels
 
@@ -78,9 +78,25 @@ def _content(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> b
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below a folder, those behind links to folders too, sorted."""
-    found = (Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(file for file in found if file.is_file())
+    """All files below a folder, those behind links to folders too, sorted.
+
+    Raises:
+        RuntimeError: a folder that cannot be read, or a link to what is not there.
+    """
+    found = []
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=_unreadable):
+        here = Path(where)
+        above = {os.path.realpath(one) for one in (here, *here.parents) if one.is_relative_to(folder)}
+        folders[:] = [name for name in folders if os.path.realpath(here / name) not in above]  # links upwards
+        for file in (here / name for name in names):
+            if not os.path.exists(file):
+                raise RuntimeError(f"{file} links to {file.readlink()}, which is not there: get it again or remove it")
+            found += [file] if file.is_file() else []
+    return sorted(found)
+
+
+def _unreadable(error: OSError) -> None:
+    raise RuntimeError(f"{error.filename} cannot be read: {error.strerror or error}") from error
 
 
 # Official archives
@@ -205,12 +221,13 @@ def read_tree(path: Path, cache_dir: str | Path | None = None) -> Tree:
     try:
         cached = _cache_folder(cache_dir) / name
         is_there = cached.exists()
+        is_sound = is_there and is_intact(cached)
     except (RuntimeError, OSError) as error:  # no home, or a folder that may not be searched
         warnings.warn(f"the decoded images are not kept: {error}", stacklevel=2)
         return _decode(path)
+    if is_sound:
+        return _unpack(safetensors.load_file(cached))
     if is_there:
-        if is_intact(cached):
-            return _unpack(safetensors.load_file(cached))
         warnings.warn(f"{cached} is damaged and is made anew", stacklevel=2)
     tree = _decode(path)
     about = json.dumps({"classes": tree.classes, "encoding": tree.encoding}).encode()
@@ -325,7 +342,7 @@ def open_image(name: Path, data: bytes) -> Any:
 
 
 def plain(image: Any) -> Any:
-    """An image of Pillow as grey or coloured, 8 bits each.
+    """An image of Pillow the right way up, as grey or coloured, 8 bits each.
 
     Raises:
         ValueError: it has more.
@@ -335,7 +352,10 @@ def plain(image: Any) -> Any:
     if image.mode[0] in "IF" or stored:
         raise ValueError(f"its pixels have more than 8 bits, mode {stored[0] if stored else image.mode}")
     image.load()
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+    image = require("PIL.ImageOps", "pillow").exif_transpose(image)  # cameras store how they were held
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode in ("1", "LA") else "RGB")
 
 
 def to_tensor(image: Any) -> Tensor:
