@@ -3,9 +3,11 @@
     python benchmarks/gradients.py --data-dir data/cifar10-jpeg    # a few minutes on one CPU core
     python benchmarks/gradients.py --draw                          # the figure alone, from the result file
 
-The nets are the CIFAR ResNets of He et al. 2015; one batch of training images, no augmentation, float32. Layers of
-another width have gradients of another size for that reason alone, so what is compared is the first 3x3 convolution
-of a stage with the last one of the same stage: 1 is a gradient that arrives as it left, below 1 it shrank on its way.
+The nets are the CIFAR ResNets of He et al. 2015; one batch of training images, no augmentation, float32. Two things are
+compared within each stage, whose layers have one width: the gradient of the weights, of the first 3x3 convolution over
+that of the last one, which is what an optimizer sees; and the gradient that travels, at the output of the first block
+over that of the last one. They differ where the maps grow or shrink, since a weight's gradient is the product of map
+and gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import nn
 
 from resblocks import create_model
-from resblocks.diagnostics import gradient_flow
+from resblocks.diagnostics import gradient_flow, signal_report
 from resblocks.training import Dataset, load_dataset, normalise
 from resblocks.training.environment import environment
 from resblocks.training.files import write_json
@@ -33,62 +35,79 @@ NORMS = {"batch norm": nn.BatchNorm2d, "no norm": None}
 IMAGES = 128
 
 
-def gradients(depth: int, skip: bool, norm: str, seed: int, dataset: Dataset) -> list[dict[str, Any]]:
-    """Name and mean absolute gradient of each weight between input and output."""
+def gradients(depth: int, skip: bool, norm: str, seed: int, dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
+    """Mean absolute gradient of each weight, and variance and gradient norm of what each block puts out."""
     torch.manual_seed(seed)
     rows = torch.randperm(len(dataset.train_labels))[:IMAGES]
     net = create_model(f"resnet{depth}", skip=skip, norm=NORMS[norm], num_classes=len(dataset.classes))
     images = normalise(dataset.train_images[rows], dataset.mean, dataset.std)
-    nn.functional.cross_entropy(net(images), dataset.train_labels[rows]).backward()
-    return [{"name": row.name, "mean_abs": row.mean_abs} for row in gradient_flow(net)]
+    labels = dataset.train_labels[rows]
+    signals = signal_report(net, images, lambda logits: nn.functional.cross_entropy(logits, labels))
+    nn.functional.cross_entropy(net(images), labels).backward()
+    return {
+        "layers": [{"name": row.name, "mean_abs": row.mean_abs} for row in gradient_flow(net)],
+        "blocks": [{"name": row.name, "var": row.merged_var, "grad_norm": row.merged_grad_norm} for row in signals],
+    }
 
 
-def passed(layers: list[dict[str, Any]], stage: int) -> float:
-    """What of the gradient at the last convolution of a stage is left at the first one of the same shape."""
+def ratios(run: dict[str, list[dict[str, Any]]], stage: int) -> dict[str, float]:
+    """First over last in a stage: of the weights' gradients, and of the gradients at the outputs of blocks.
+
+    And how the variance of the map grows on its way, last over first.
+    """
+    mine = {kind: [row for row in rows if row["name"].startswith(f"stages.{stage}.")] for kind, rows in run.items()}
     # The first convolution of a later stage has fewer input channels, so the second one stands for it.
-    sizes = [layer["mean_abs"] for layer in layers if layer["name"].startswith(f"stages.{stage}.")][stage > 0 :]
-    return float(sizes[0] / sizes[-1])
+    weights, blocks = mine["layers"][stage > 0 :], mine["blocks"]
+    return {
+        "weights": weights[0]["mean_abs"] / weights[-1]["mean_abs"],
+        "maps": blocks[0]["grad_norm"] / blocks[-1]["grad_norm"],
+        "growth": blocks[-1]["var"] / blocks[0]["var"],
+    }
 
 
 def study(dataset: Dataset, depths: tuple[int, ...] = DEPTHS, seeds: int = 3) -> list[dict[str, Any]]:
-    """All runs: per net its layers for each seed, and the fraction that passes each stage."""
+    """All runs: per net its layers and blocks for each seed, and the ratios of each stage, means over the seeds."""
     rows = []
     for depth in depths:
         for norm in NORMS:
             for skip in (True, False):
                 runs = [gradients(depth, skip, norm, seed, dataset) for seed in range(seeds)]
-                fractions = [statistics.geometric_mean(passed(run, stage) for run in runs) for stage in range(3)]
-                rows.append({"depth": depth, "norm": norm, "skip": skip, "passed": fractions, "seeds": runs})
-                print(
-                    depth, norm, "with skips" if skip else "without skips", [f"{x:.2g}" for x in fractions], flush=True
-                )
+                found = [[ratios(run, stage) for run in runs] for stage in range(3)]
+                means = {
+                    what: [statistics.geometric_mean(seed[what] for seed in stage) for stage in found]
+                    for what in ("weights", "maps", "growth")
+                }
+                rows.append({"depth": depth, "norm": norm, "skip": skip, **means, "seeds": runs})
+                print(depth, norm, "with skips" if skip else "without skips", means, flush=True)
     return rows
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """What arrives at the first convolution of the first stage, against depth; the layers of the deepest nets."""
+    """First over last in the first stage, against depth; the layers of the deepest nets."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure, (weights, maps, layers) = pyplot.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for norm, colour in (("batch norm", "#0072B2"), ("no norm", "#D55E00")):
         for skip, style in ((True, "-"), (False, "--")):
             mine = [row for row in rows if (row["norm"], row["skip"]) == (norm, skip)]
-            label = f"{norm}, {'with' if skip else 'without'} skips"
-            depths, fractions = [row["depth"] for row in mine], [row["passed"][0] for row in mine]
-            left.plot(depths, fractions, style, marker="o", markersize=4, color=colour, label=label)
-            sizes = [layer["mean_abs"] for layer in mine[-1]["seeds"][0]]
-            right.plot(range(1, len(sizes) + 1), [size / sizes[-2] for size in sizes], style, color=colour, lw=1.2)
-    left.axhline(1, color="#999999", lw=0.8)
-    left.set(title="First convolution of stage 1 over its last one", xlabel="layers", yscale="log", xticks=depths)
-    left.set_ylabel("ratio of mean |gradient|")
-    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside upper center")
-    right.set(
-        title=f"{depths[-1]} layers, relative to the last convolution", xlabel="layer, the last is the classifier"
-    )
-    right.set(yscale="log", xticks=depths, xlim=(1 - 3, depths[-1] + 3))
+            look = {"color": colour, "linestyle": style}
+            depths = [row["depth"] for row in mine]
+            for axes, what in ((weights, "weights"), (maps, "maps")):
+                label = f"{norm}, {'with' if skip else 'without'} skips"
+                axes.plot(depths, [row[what][0] for row in mine], marker="o", markersize=4, label=label, **look)
+            sizes = [layer["mean_abs"] for layer in mine[-1]["seeds"][0]["layers"]]
+            layers.plot(range(1, len(sizes) + 1), [size / sizes[-2] for size in sizes], lw=1.2, **look)
+    for axes, what in ((weights, "Gradient of weights"), (maps, "Gradient at outputs of blocks")):
+        axes.axhline(1, color="#999999", lw=0.8)
+        axes.set(title=f"{what}, stage 1", xlabel="layers", yscale="log", xticks=depths)
+    weights.set_ylabel("first over last")
+    figure.legend(*weights.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside upper center")
+    layers.set(title=f"Gradient of weights, {depths[-1]} layers", xlabel="layer, the last is the classifier")
+    layers.set_ylabel("over that of the last convolution")
+    layers.set(yscale="log", xticks=depths, xlim=(-2, depths[-1] + 3))
     figure.savefig(path, dpi=150)
 
 

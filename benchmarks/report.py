@@ -157,18 +157,31 @@ def recipes_table() -> str:
 
 
 def gradients_table() -> str:
-    """What of the gradient arrives at the first convolution of each stage, at initialisation."""
+    """Gradients first over last in each stage at initialisation, and how the maps grow from first to last."""
     measured = json.loads((RESULTS / "gradients_cpu_2026-11.json").read_text(encoding="utf-8"))
     rows = [
         [
             str(row["depth"]),
             row["norm"],
             "with" if row["skip"] else "without",
-            *(f"{fraction:.2g}" if fraction < 100 else f"{fraction:.0f}" for fraction in row["passed"]),
+            *(", ".join(two_digits(ratio) for ratio in row[what]) for what in ("weights", "maps", "growth")),
         ]
         for row in measured["rows"]
     ]
-    return table(["layers", "norm", "skips", "stage 1", "stage 2", "stage 3"], rows, "rllrrr")
+    header = [
+        "layers",
+        "norm",
+        "skips",
+        "gradient of weights",
+        "gradient at outputs",
+        "variance of outputs, last over first",
+    ]
+    return table(header, rows, "rllrrr")
+
+
+def two_digits(number: float) -> str:
+    """As people write it: no exponent."""
+    return f"{float(f'{number:.2g}'):,.10g}"
 
 
 def call(build: Any) -> str:

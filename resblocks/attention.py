@@ -17,7 +17,7 @@ torch.fx.wrap("reduce")
 
 
 class SE(nn.Module):
-    """Squeeze and excitation (Hu et al. 2018, fig. 2): a gate for each channel from the mean of all channels.
+    """Squeeze and excitation (Hu et al. 2018, fig. 1): a gate for each channel from the mean of all channels.
 
     Args:
         channels: of the input.

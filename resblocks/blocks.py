@@ -50,8 +50,8 @@ class BasicBlock(Residual):
             pool1=make.pool(out_channels, stride),
             dropout=make.dropout(),
             conv2=make.conv(out_channels, out_channels, 3, dilation=make.dilation, groups=groups),
-            norm2=make.norm(out_channels),
-            attention=make.attention(out_channels),
+            norm2=(last := make.norm(out_channels)),
+            attention=make.attention(out_channels, last),
         )
         shortcut = make_shortcut(make, in_channels, out_channels, stride) if skip else None
         super().__init__(branch, shortcut, act=make.activation(), **make.parts(out_channels, skip))
@@ -103,8 +103,8 @@ class Bottleneck(Residual):
             pool2=make.pool(width, stride),
             dropout=make.dropout(),
             conv3=make.conv(width, out_channels, 1),
-            norm3=make.norm(out_channels),
-            attention=make.attention(out_channels),
+            norm3=(last := make.norm(out_channels)),
+            attention=make.attention(out_channels, last),
         )
         shortcut = make_shortcut(make, in_channels, out_channels, stride) if skip else None
         super().__init__(branch, shortcut, act=make.activation(), **make.parts(out_channels, skip))

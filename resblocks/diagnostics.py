@@ -38,8 +38,9 @@ def count_params(net: nn.Module, trainable_only: bool = False) -> int:
 def count_macs(net: nn.Module, input_size: Sequence[int]) -> int:
     """Multiply-accumulates of one forward pass of one sample in eval mode (1 MAC = 2 FLOP).
 
-    Convolutions, matrix products and attention count; normalisation, activation, pooling and bias do not, as in the
-    papers' tables. torchvision's and pycls's "flops" are the same unit.
+    Convolutions (a blur pool is one), products of matrices and attention count; normalisation, activation, other
+    pooling and bias do not, as in the papers' tables, nor do products with a single vector and `nn.Bilinear`.
+    torchvision's and pycls's "flops" are the same unit.
 
     Args:
         net: any module; the net inside `torch.compile` and data-parallel wrappers is counted.

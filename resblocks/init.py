@@ -14,9 +14,10 @@ from torch.nn.utils import parametrize
 def init_layer(layer: nn.Module) -> None:
     """Draw the parameters of one layer: torch's convolutions as He et al. 2015 ("Delving deep"), others by their rule.
 
-    Without a bias a norm follows, and fan out keeps the size of the gradient (but for groups, which torch's fan out
-    does not know, as in torchvision); a biased convolution has no norm behind it, and fan in keeps the size of the
-    map, which would fade over many layers. A weight that is computed, by a parametrization or pruning, is drawn like
+    Without a bias a norm follows, as a rule, and fan out keeps the size of the gradient (but for groups, which torch's
+    fan out does not know, as in torchvision); a biased convolution has no norm behind it, and fan in keeps the size of
+    the map, which would fade over many layers. The gain is that of ReLU, whatever the activation: without norms, maps
+    behind others fade or grow. A weight that is computed, by a parametrization or pruning, is drawn like
     any other.
     """
     if parametrize.is_parametrized(layer, "weight"):
@@ -90,6 +91,18 @@ def _children_first(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         yield from _children_first(child)
     yield module
+
+
+def check_no_norm_behind(branch: nn.Module, scale: str) -> None:
+    """Raise where a norm of the batch reads the last convolution: it undoes a zero there with the first step."""
+    names = [name for name, _ in branch.named_children()]
+    last = max(index for index, name in enumerate(names) if name.startswith("conv"))
+    behind = [branch.get_submodule(name) for name in names[last:] if name.startswith("norm")]
+    if any(type(norm).__name__ != "FrozenBatchNorm" for norm in behind):
+        raise ValueError(
+            f"scale {scale} starts the last convolution at zero, which needs no norm behind it (norm=None), "
+            f"got {behind[0]}"
+        )
 
 
 def branch_weights(branch: nn.Module, kinds: tuple[str, ...]) -> list[nn.Parameter]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from resblocks.checks import check_dims, check_probability
-from resblocks.init import branch_weights
+from resblocks.init import branch_weights, check_no_norm_behind
 from resblocks.layers import WeightStandardised, by_dims, convolution, over_positions
 from resblocks.residual import fitting
 
@@ -17,7 +17,8 @@ class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016, sec. 3): in training drops the whole branch of a sample.
 
     A sample's branch is set to zero with probability `p`; the branches that stay are divided by 1 - p, so that the
-    mean is that of evaluation, where nothing is dropped or scaled. (The paper scales in evaluation instead.)
+    mean is that of evaluation, where nothing is dropped or scaled. (The paper drops for a whole batch, which saves the
+    branch's time, and scales in evaluation instead.)
 
     Args:
         p: probability of dropping, at least 0 and below 1.
@@ -54,8 +55,15 @@ class ZeroInit(nn.Identity):
         super().__init__()
 
     def start_branch(self, branch: nn.Module) -> None:
-        """Set the last weight to zero."""
-        nn.init.zeros_(branch_weights(branch, ("conv", "norm"))[-1])
+        """Set the last weight to zero.
+
+        Raises:
+            ValueError: it is that of a convolution, and a norm without weight reads it.
+        """
+        last = branch_weights(branch, ("conv", "norm"))[-1]
+        if last.dim() > 1:
+            check_no_norm_behind(branch, "ZeroInit")
+        nn.init.zeros_(last)
 
 
 class LayerScale(nn.Module):
@@ -132,11 +140,12 @@ class Fixup(nn.Module):
         """Make the drawn weights smaller and the last convolution zero.
 
         Raises:
-            ValueError: the branch has no convolutions, or some that standardise their weights, which undoes it.
+            ValueError: the branch has no convolutions, or norms or convolutions that standardise, which undo it.
         """
         if any(isinstance(layer, WeightStandardised) for layer in branch.children()):
             raise ValueError(f"scale Fixup needs convolutions that keep the size of their weights, got {branch}")
         *others, last = branch_weights(branch, ("conv",))
+        check_no_norm_behind(branch, "Fixup")
         nn.init.zeros_(last)
         with torch.no_grad():
             for weight in others:

@@ -232,7 +232,8 @@ class BlurPool(nn.Module):
 
     Args:
         channels, stride, dims: of the map.
-        border: what lies beyond the map: "replicate", "reflect" or "constant", which is zero.
+        border: what lies beyond the map: "replicate", "reflect" (Zhang; it fails on maps of one position) or
+            "constant", which is zero.
         dilation: distance between the positions that the filter reads.
 
     Shape: (N, channels, L, ...) -> (N, channels, ceil(L / stride), ...).

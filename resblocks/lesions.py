@@ -23,7 +23,7 @@ Evaluate: TypeAlias = Callable[[nn.Module], float]
 
 @dataclass(frozen=True)
 class Lesion:
-    """The metric of a net with one block damaged; `change` is relative to the intact net."""
+    """The metric of a net with one block damaged; `change` is the metric minus that of the intact net."""
 
     name: str
     metric: float

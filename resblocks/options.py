@@ -11,14 +11,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from typing_extensions import TypedDict
 
+from resblocks.attention import ECA, SE
 from resblocks.checks import check_dims, check_dtype, check_positive, check_probability
 from resblocks.init import draws_all, init_layers
-from resblocks.joins import DropPath
+from resblocks.joins import DropPath, Gated
 from resblocks.layers import (
     Family,
     Layer,
+    WeightStandardised,
     at_every_position,
     avg_pool,
     batch_norm,
@@ -181,7 +184,7 @@ class Layers:
                 raise ValueError(
                     f"groups must divide {name} of the convolution, got groups={groups}, {name}={channels}"
                 )
-        return self.build(
+        conv = self.build(
             self._conv,
             in_channels,
             out_channels,
@@ -193,6 +196,9 @@ class Layers:
             groups=groups,
             bias=not self.has_norm if bias is None else bias,
         )
+        if isinstance(conv, WeightStandardised) and not self.has_norm:
+            raise ValueError(f"conv must have a norm behind it where it standardises its weights, got {conv}")
+        return conv
 
     def norm(self, channels: int) -> nn.Module | None:
         """Normalisation of so many channels, None where the recipe has none."""
@@ -274,9 +280,15 @@ class BlockLayers(Layers):
         """Dropout, None where its probability is zero."""
         return nn.Dropout(self._dropout) if self._dropout > 0 else None
 
-    def attention(self, channels: int) -> nn.Module | None:
-        """Attention over so many channels, None where the recipe has none."""
-        return None if self._attention is None else self.build(self._attention, channels, option="attention")
+    def attention(self, channels: int, norm: nn.Module | None = None) -> nn.Module | None:
+        """Attention over so many channels, None where the recipe has none; `norm` is what it reads."""
+        attention = None if self._attention is None else self.build(self._attention, channels, option="attention")
+        if type(attention) in (SE, ECA) and isinstance(norm, _InstanceNorm):
+            raise ValueError(
+                f"attention {type(attention).__name__} must not read an instance norm, whose means of channels are the "
+                f"same for all samples"
+            )
+        return attention
 
     def keeps_shape(self, in_channels: int, out_channels: int, stride: int) -> bool:
         """Whether a block puts out the shape that it reads, and would without dilation."""
@@ -309,10 +321,16 @@ class BlockLayers(Layers):
 
     def parts(self, channels: int, skip: bool) -> ResidualParts:
         """What the options say of the way in which a branch with so many channels joins the shortcut."""
+        merge = None if self._merge is None else self.build(self._merge, channels, option="merge")
+        if isinstance(merge, Gated) and (self._scale is not None or self._drop_path > 0):
+            raise ValueError(
+                "merge must not be Gated with scale or drop_path: without a branch its gate still takes from the "
+                "shortcut, and block by block the signal fades"
+            )
         return {
             "scale": None if self._scale is None else self.build(self._scale, channels, option="scale"),
             "drop_path": DropPath(self._drop_path) if self._drop_path > 0 else None,
-            "merge": None if self._merge is None else self.build(self._merge, channels, option="merge"),
+            "merge": merge,
             "checkpoint": self._checkpoint,
             "skip": skip,
         }

@@ -11,7 +11,7 @@ from tests.blocks import image
 
 def test_fixup_refuses_standardised_weights():
     with pytest.raises(ValueError, match="scale Fixup needs convolutions that keep the size of their weights"):
-        rb.BasicBlock(8, 8, norm=None, scale=rb.Fixup, conv=rb.weight_standardised)
+        rb.BasicBlock(8, 8, norm=rb.FrozenBatchNorm, scale=rb.Fixup, conv=rb.weight_standardised)
 
 
 @pytest.mark.parametrize("layer", [rb.SkipInit, rb.ReZero, rb.Fixup, rb.LayerScale, rb.WeightedAdd])

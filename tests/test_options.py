@@ -283,8 +283,6 @@ def built_blocks(draw):
     if draw(st.booleans()):
         options = {key: value for key, value in options.items() if key not in ("scale", "merge", "drop_path")}
         options["skip"] = False
-    if options.get("scale") is rb.Fixup:  # which refuses standardised weights
-        options.pop("conv", None)
     out_channels = draw(st.sampled_from([8, 16])) if summed else 16
     stride = draw(st.integers(1, 2)) if summed else 1
     # instance norm refuses maps of one position
@@ -292,10 +290,29 @@ def built_blocks(draw):
     return name, (8, out_channels, stride), {"dims": dims, **options}, draw(st.integers(smallest, 5))
 
 
+def is_refused(name, options):
+    """Whether the options undo each other."""
+    norm, scale = options.get("norm", "batch"), options.get("scale")
+    activated = not name.startswith(("preact", "wide"))
+    return any(
+        (
+            "conv" in options and (norm is None or scale is rb.Fixup),
+            scale is rb.Fixup and activated and norm not in (None, rb.FrozenBatchNorm),
+            scale is rb.ZeroInit and activated and norm is rb.instance_norm,
+            options.get("merge") is rb.gated and ("scale" in options or "drop_path" in options),
+            options.get("attention") in (rb.SE, rb.ECA) and activated and norm is rb.instance_norm,
+        )
+    )
+
+
 @given(built_blocks())
 @settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_any_combination_builds_trains_and_copies(built):
     name, shape, options, size = built
+    if is_refused(name, options):
+        with pytest.raises(ValueError, match=r"^(conv|scale|merge|attention) "):
+            BLOCKS[name](*shape, **options)
+        return
     block = BLOCKS[name](*shape, **options)
     out = block(image(8, size, options["dims"], batch=2))
     assert out.shape[:2] == (2, block.out_channels)

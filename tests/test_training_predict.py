@@ -135,3 +135,20 @@ def test_run_from_before_is_read_but_not_used_without_its_normalisation(tmp_path
         load_trained(tmp_path)
     with pytest.raises(ValueError, match="folder must hold a finished run"):
         load_trained(tmp_path / "nowhere")
+
+
+def test_trained_net_stays_in_evaluation_and_takes_other_dtypes(tmp_path: Path) -> None:
+    tiny_fit(tmp_path, net := tiny_net())
+    images = tiny_dataset().test_images[:2]
+    trained = load_trained(tmp_path, net)
+    wanted = trained(images)
+    assert not any(module.training for module in trained.train().modules())
+    torch.testing.assert_close(trained.to(torch.bfloat16)(images), wanted, atol=0.1, rtol=0)
+
+
+def test_what_is_no_image_or_no_run_is_named(tmp_path: Path) -> None:
+    tiny_fit(tmp_path / "net", net := tiny_net())
+    with pytest.raises(ValueError, match="image must be a tensor, an image of Pillow or the path of a file, got bytes"):
+        load_trained(tmp_path / "net", net).predict(b"")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"folder must hold a finished run, got .*; it has those of net"):
+        load_trained(tmp_path, net)

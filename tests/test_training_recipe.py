@@ -100,6 +100,8 @@ def test_recipe_survives_json() -> None:
     ("overrides", "message"),
     [
         ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
+        ({"gamma": float("inf")}, "gamma must be at least 0 and finite, got inf"),
+        ({"flip": 1}, "flip must be True or False, got 1"),
         ({"epochs": 2.5}, "epochs must be an integer of at least 1, got 2.5"),
         ({"crop": 1.5}, "crop must be an integer of at least 0, got 1.5"),
         ({"batch_size": -1}, "batch_size must be an integer of at least 1, got -1"),
@@ -236,3 +238,8 @@ def test_seeds_of_near_inputs_are_unrelated() -> None:
     assert len(seeds) == 800
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed("step", 1, 23) != derive_seed("step", 12, 3)
+
+
+def test_another_schedule_leaves_the_milestones_of_the_recipe() -> None:
+    assert get_recipe("he2015").milestones != ()
+    assert get_recipe("he2015", schedule="cosine").milestones == ()
