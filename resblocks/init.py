@@ -93,18 +93,6 @@ def _children_first(module: nn.Module) -> Iterator[nn.Module]:
     yield module
 
 
-def check_no_norm_behind(branch: nn.Module, scale: str) -> None:
-    """Raise where a norm of the batch reads the last convolution: it undoes a zero there with the first step."""
-    names = [name for name, _ in branch.named_children()]
-    last = max(index for index, name in enumerate(names) if name.startswith("conv"))
-    behind = [branch.get_submodule(name) for name in names[last:] if name.startswith("norm")]
-    if any(type(norm).__name__ != "FrozenBatchNorm" for norm in behind):
-        raise ValueError(
-            f"scale {scale} starts the last convolution at zero, which needs no norm behind it (norm=None), "
-            f"got {behind[0]}"
-        )
-
-
 def branch_weights(branch: nn.Module, kinds: tuple[str, ...]) -> list[nn.Parameter]:
     """The weights of the direct children of a branch whose names start with one of the kinds, in order.
 

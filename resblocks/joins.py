@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from resblocks.checks import check_dims, check_probability
-from resblocks.init import branch_weights, check_no_norm_behind
-from resblocks.layers import WeightStandardised, by_dims, convolution, over_positions
+from resblocks.init import branch_weights
+from resblocks.layers import FrozenBatchNorm, WeightStandardised, by_dims, convolution, over_positions
 from resblocks.residual import fitting
 
 torch.fx.wrap("fitting")  # known by the module whose forward calls it
@@ -64,6 +64,18 @@ class ZeroInit(nn.Identity):
         if last.dim() > 1:
             check_no_norm_behind(branch, "ZeroInit")
         nn.init.zeros_(last)
+
+
+def check_no_norm_behind(branch: nn.Module, scale: str) -> None:
+    """Raise where a norm that measures its input reads the last convolution: one step undoes a zero there."""
+    names = [name for name, _ in branch.named_children()]
+    last = max(index for index, name in enumerate(names) if name.startswith("conv"))
+    for norm in (branch.get_submodule(name) for name in names[last:] if name.startswith("norm")):
+        if not isinstance(norm, (nn.Identity, FrozenBatchNorm)):
+            raise ValueError(
+                f"scale {scale} starts the last convolution at zero, which needs no norm behind it (norm=None), "
+                f"got {norm}"
+            )
 
 
 class LayerScale(nn.Module):

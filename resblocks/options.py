@@ -314,6 +314,11 @@ class BlockLayers(Layers):
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int, *, groups: int = 1
     ) -> nn.Module:
         """The first 3x3 convolution, which carries the block's stride, unless `pool` does."""
+        if stride > 1 and self.first_dilation != self.dilation:
+            raise ValueError(
+                f"stride must be 1 where a dilation replaces it, got {stride} with dilation={self.dilation} and "
+                f"first_dilation={self.first_dilation}"
+            )
         conv_stride = stride if self.downsample is None else 1
         return self.conv(
             in_channels, out_channels, kernel_size, conv_stride, dilation=self.first_dilation, groups=groups

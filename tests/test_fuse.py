@@ -491,7 +491,7 @@ class Detached(nn.Module):
 
 
 def test_gradient_of_a_shortcut_passes_a_branch_that_gets_none():
-    block = rb.Residual(nn.Sequential(Detached(), nn.Conv2d(4, 4, 1)), rb.layers.LayerScale(4)).eval()
+    block = rb.Residual(nn.Sequential(Detached(), nn.Conv2d(4, 4, 1)), rb.LayerScale(4)).eval()
     fused, x = fuse(block), torch.randn(1, 4, 5, 5, requires_grad=True)
     fused.shortcut.requires_grad_()
     fused(x).sum().backward()

@@ -6,8 +6,10 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -55,6 +57,7 @@ from resblocks.training.loop import Loop
 from resblocks.training.meter import Meter
 from resblocks.training.ranks import Ranks
 from resblocks.training.result import title
+from resblocks.training.signals import Signals
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10_resnet18.py"
 
@@ -337,6 +340,18 @@ def test_infinite_mask_is_no_divergence(tmp_path: Path) -> None:
 def test_device_that_cannot_be_is_named(tmp_path: Path, device: str) -> None:
     with pytest.raises(ValueError, match=f"device must be .*, got '{device}'"):
         tiny_fit(tmp_path, device=device)
+
+
+def test_signal_that_the_shell_wants_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.number == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.number == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_other_errors_come_through_as_they_are(tmp_path: Path) -> None:

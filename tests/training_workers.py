@@ -141,6 +141,7 @@ def signal_at_step(number: int, step: int) -> None:
     """A real signal to this process while it computes `step`."""
     from resblocks.training.loop import Loop
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background of a shell have not
     original = Loop.batch
 
     def batch(self: Loop, at: int) -> Any:

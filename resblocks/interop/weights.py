@@ -85,10 +85,10 @@ def load(
     """
     net = unwrapped(net)
     content, left_out = unpacked(read(source))
-    given = plain_names(content)
     if prefix:
-        given, others = without_prefix(given, prefix)
+        content, others = without_prefix(content, prefix)
         left_out += others
+    given = plain_names(content)
     check_not_fused(net, given)
     names = find_names(net, given, vocabulary, head=not drop_head)
     ours = net.state_dict()
@@ -105,9 +105,11 @@ def load(
     return left_out + dropped + notes
 
 
-def without_prefix(given: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors whose names begin so, under the rest of their names, and what is said of the others."""
-    found = {key.removeprefix(prefix): tensor for key, tensor in given.items() if key.startswith(prefix)}
+def without_prefix(given: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], list[str]]:
+    """What begins so, behind the names of wrappers or with them, under the rest of its name; what is said of others."""
+    found: dict[str, Any] = {}
+    for start in (prefix, f"module.{prefix}", f"_orig_mod.{prefix}", f"module._orig_mod.{prefix}"):
+        found = found or {key.removeprefix(start): value for key, value in given.items() if key.startswith(start)}
     if not found:
         raise ValueError(f"prefix must begin names of the source, got {prefix!r}, which has {list(given)[:3]}")
     others = len(given) - len(found)
@@ -303,7 +305,7 @@ def find_names(net: nn.Module, given: Mapping[str, Tensor], vocabulary: str | No
         tried = ", ".join(dict.fromkeys(names.vocabulary for names in spoken))
         firsts = {key for names in spoken for key in [*names.theirs.values()][:1]}
         prefixes = {key.removesuffix(first) for key in given for first in firsts if key.endswith(f".{first}")}
-        hint = "".join(f"; prefix={prefix!r} would find its names" for prefix in sorted(prefixes))
+        hint = f"; prefix={min(prefixes, key=len)!r} would find its names" if prefixes else ""  # the net, not a block
         missing = dict.fromkeys(VOCABULARIES.keys() - {names.vocabulary for names in spoken})
         hint += "".join(f"; in {name} {_fewest(net, name)} would have no name" for name in sorted(missing))
         raise ValueError(
