@@ -259,7 +259,8 @@ class BlurPool(nn.Module):
         return conv(padded, weight, stride=self.stride, dilation=self.dilation, groups=self.channels)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, stride={self.stride}, border={self.border}, dilation={self.dilation}"
+        dilation = f", dilation={self.dilation}" if self.dilation > 1 else ""
+        return f"{self.channels}, stride={self.stride}, border={self.border}{dilation}"
 
 
 @torch.fx.wrap
@@ -290,16 +291,21 @@ class SpreadAverage(nn.Module):
         self.window, self.dilation = window, dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        for dim in range(2, x.dim()):
-            x = spread_mean(x, dim, self.window, self.dilation)
-        return x
+        return spread_mean(x, self.window, self.dilation)
 
     def extra_repr(self) -> str:
         return f"window={self.window}, dilation={self.dilation}"
 
 
 @torch.fx.wrap
-def spread_mean(x: Tensor, dim: int, window: int, dilation: int) -> Tensor:
+def spread_mean(x: Tensor, window: int, dilation: int) -> Tensor:
+    """What `SpreadAverage` computes, one dimension after the other."""
+    for dim in range(2, x.dim()):
+        x = _spread_mean_along(x, dim, window, dilation)
+    return x
+
+
+def _spread_mean_along(x: Tensor, dim: int, window: int, dilation: int) -> Tensor:
     """Mean along one dimension over the positions that exist of a window that begins at each."""
     size = x.shape[dim]
     count = torch.arange(size, 0, -1, device=x.device).add(dilation - 1).div(dilation, rounding_mode="floor")

@@ -235,6 +235,13 @@ def test_output_stride_puts_out_the_same_where_the_net_without_it_does(block, op
         torch.testing.assert_close(ours[(..., *[slice(None, None, stride)] * (x.dim() - 2))], theirs)
 
 
+@pytest.mark.parametrize("options", [{"shortcut": "D"}, {"downsample": rb.average_downsample}])
+def test_dilated_net_with_average_pools_is_traced(options):
+    net, x = small(output_stride=1, **options).eval(), image(3, 8)
+    torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
+    torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), net(x))
+
+
 def test_output_stride_with_a_pool_of_ones_own_raises():
     with pytest.raises(ValueError, match="downsample must be average_downsample or blur_downsample where a dilation"):
         small(downsample=lambda channels, stride: nn.MaxPool2d(stride), output_stride=1)

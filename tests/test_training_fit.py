@@ -287,7 +287,7 @@ def test_net_that_changes_in_training_is_refused_before_the_folder_is_taken(tmp_
         def forward(self, x: torch.Tensor) -> Any:
             return (super().forward(x), 0) if self.training else super().forward(x)  # type: ignore[no-untyped-call]
 
-    with pytest.raises(ValueError, match=r"a logit for each class, \(2, 3\) .* in training \(.*\), got tuple"):
+    with pytest.raises(ValueError, match=r"a logit for each class, \(16, 3\) .* in training \(.*\), got tuple"):
         tiny_fit(tmp_path, Auxiliary(tiny_net()))
     norm = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"in training \(start_scale=1.0, 1 images a process .*more than 1 value"):
@@ -311,6 +311,7 @@ def test_nets_of_a_script_start_differently_and_are_found_again(tmp_path: Path) 
     ("change", "message"),
     [
         (lambda net: nn.init.constant_(net[0].weight, math.nan), "net must start from finite weights, got .* 0.weight"),
+        (lambda net: net.to("meta"), "net must have memory for weights, got 0.weight on the meta device"),
         (lambda net: net.append(nn.LazyLinear(3)), "net must know its shapes before training, got a lazy"),
         (lambda net: net.append(Extra()), "net must have a state dict of tensors alone, got dict under"),
     ],

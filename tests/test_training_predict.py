@@ -16,6 +16,7 @@ from training_workers import RECIPE, tiny_dataset, tiny_fit, tiny_net
 
 from resblocks import BasicBlock, ResNet, set_skip
 from resblocks.training import Recipe, Trained, build_net, fit, load_digits, load_trained
+from resblocks.training.predict import describe
 
 DIGITS = load_digits()
 
@@ -144,6 +145,12 @@ def test_trained_net_stays_in_evaluation_and_takes_other_dtypes(tmp_path: Path) 
     wanted = trained(images)
     assert not any(module.training for module in trained.train().modules())
     torch.testing.assert_close(trained.to(torch.bfloat16)(images), wanted, atol=0.1, rtol=0)
+
+
+def test_wrapped_net_has_no_config_that_its_weights_would_not_fit(tmp_path: Path) -> None:
+    net = build_net("resnet20", dataset := tiny_dataset())
+    assert describe(net, dataset)["config"] is not None
+    assert describe(nn.DataParallel(net), dataset)["config"] is None
 
 
 def test_what_is_no_image_or_no_run_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether net and data go together, seen on an image or two before anything is written."""
+"""Whether net and data go together, seen on a batch before anything is written."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def check_trainable(net: nn.Module) -> None:
     for name, weight in net.named_parameters():
         if is_lazy(weight):
             raise ValueError(f"net must know its shapes before training, got a lazy {name}: call it on an image once")
+        if weight.is_meta:
+            raise ValueError(
+                f"net must have memory for weights, got {name} on the meta device: net.to_empty(...) first"
+            )
         if not weight.isfinite().all():
             raise ValueError(f"net must start from finite weights, got infinite or NaN values in {name}")
     if not any(weight.requires_grad for weight in net.parameters()):
@@ -29,7 +33,7 @@ def check_trainable(net: nn.Module) -> None:
 
 
 def check_net(loop: Loop, dataset: Dataset) -> None:
-    """Let the net see one image in evaluation and two in training; net and random numbers are left as they were.
+    """Let the net see an image in evaluation and a batch in training; net and random numbers are left as they were.
 
     Raises:
         ValueError: it does not take the images, or does not put out one logit for each class.
@@ -40,11 +44,11 @@ def check_net(loop: Loop, dataset: Dataset) -> None:
         loop.net.eval()
         check_logits(loop, images, len(dataset.classes), f"of shape {dataset.shape} (C, H, W)")
         loop.net.train()
-        two = loop.images[: min(2, loop.local_batch)]  # normalisation over one value fails with a batch of one
-        smaller = resize(normalise(two, loop.mean, loop.std), loop.recipe.scale_at(0, loop.total_steps))
+        batch = normalise(loop.images[: loop.local_batch], loop.mean, loop.std)
+        batch = resize(batch, loop.recipe.scale_at(0, loop.total_steps)).contiguous(memory_format=loop.memory_format)
         settings = f"start_scale={loop.recipe.start_scale}, {loop.local_batch} images a process and step"
-        said = f"of shape {tuple(smaller.shape[1:])} in training ({settings})"
-        check_logits(loop, smaller.contiguous(memory_format=loop.memory_format), len(dataset.classes), said)
+        said = f"of shape {tuple(batch.shape[1:])} in training ({settings})"
+        check_logits(loop, batch, len(dataset.classes), said)
 
 
 def check_logits(loop: Loop, images: Tensor, classes: int, said: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resblocks.config import from_config, to_config
+from resblocks.undisturbed import unwrapped
 
 from .augment import normalise
 from .checkpoint import load_weights
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def describe(net: nn.Module, dataset: Dataset) -> dict[str, Any]:
     """What it takes to use the weights, as plain data; `config` is None where the net has none."""
     try:
-        config = to_config(net)
+        config = to_config(net) if net is unwrapped(net) else None  # whose weights have other names
         json.dumps(config, allow_nan=False)
     except Exception:  # no net of ours, one that was changed, nameless or infinite arguments, a constructor's error
         config = None
