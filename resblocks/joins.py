@@ -61,16 +61,21 @@ class ZeroInit(nn.Identity):
             ValueError: it is that of a convolution, and a norm without weight reads it.
         """
         last = branch_weights(branch, ("conv", "norm"))[-1]
-        if last.dim() > 1:
+        if any(last is getattr(layer, "weight", None) for name, layer in named_convs(branch)):
             check_no_norm_behind(branch, "ZeroInit")
         nn.init.zeros_(last)
+
+
+def named_convs(branch: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The convolutions of a branch, known by their names."""
+    return [(name, layer) for name, layer in branch.named_children() if name.startswith("conv")]
 
 
 def check_no_norm_behind(branch: nn.Module, scale: str) -> None:
     """Raise where a norm that measures its input reads the last convolution: one step undoes a zero there."""
     names = [name for name, _ in branch.named_children()]
-    last = max(index for index, name in enumerate(names) if name.startswith("conv"))
-    for norm in (branch.get_submodule(name) for name in names[last:] if name.startswith("norm")):
+    *_, (last, _) = named_convs(branch)
+    for norm in (branch.get_submodule(name) for name in names[names.index(last) :] if name.startswith("norm")):
         if not isinstance(norm, (nn.Identity, FrozenBatchNorm)):
             raise ValueError(
                 f"scale {scale} starts the last convolution at zero, which needs no norm behind it (norm=None), "

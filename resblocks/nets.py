@@ -412,9 +412,11 @@ def make_block(block: Block, in_channels: int, width: int, stride: int, options:
         raise ValueError(f"block must be a class or callable that makes blocks, got {block!r}")
     name = getattr(inside(block), "__name__", repr(block))
     parameters = inspect.signature(block).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        if "first_dilation" in options and "first_dilation" not in parameters:
-            options = with_one_dilation(options)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes_two = "first_dilation" in parameters or (takes_any and "dilation" not in parameters)
+    if "first_dilation" in options and not takes_two:
+        options = with_one_dilation(options)
+    if not takes_any:
         options = {option: value for option, value in options.items() if option in parameters or option != "dims"}
         for option in options:
             if option not in parameters:

@@ -4,9 +4,33 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import resblocks as rb
 from tests.blocks import image
+
+
+class Affine(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+@pytest.mark.parametrize("norm", [Affine, nn.Identity, rb.FrozenBatchNorm, None])
+def test_zero_init_starts_as_the_shortcut_whatever_the_norm(norm):
+    block = rb.BasicBlock(4, 4, norm=norm, scale=rb.ZeroInit).eval()
+    assert torch.equal(block(x := torch.randn(2, 4, 4, 4)), x.relu())
+
+
+@pytest.mark.parametrize(
+    ("scale", "norm"), [(rb.ZeroInit, rb.instance_norm), (rb.Fixup, nn.BatchNorm2d), (rb.Fixup, rb.group_norm)]
+)
+def test_start_that_a_norm_undoes_is_refused(scale, norm):
+    with pytest.raises(ValueError, match="starts the last convolution at zero, which needs no norm behind it"):
+        rb.BasicBlock(8, 8, norm=norm, scale=scale)
 
 
 def test_fixup_refuses_standardised_weights():

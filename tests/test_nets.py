@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import resblocks as rb
 from resblocks import BaselineCNN, BasicBlock, Bottleneck, DenseNet, PreActBasicBlock, ResNet, create_model, list_models
@@ -254,8 +255,14 @@ class OneDilation(rb.Residual):
         self.out_channels = out_channels
 
 
-def test_block_that_knows_one_dilation_gets_that_of_its_input():
-    net = ResNet(OneDilation, (1, 2, 2), (8, 8, 8), stem="cifar", stem_width=8, output_stride=1)
+class OneDilationAndOthers(OneDilation):
+    def __init__(self, in_channels, out_channels, stride=1, dilation=1, **options):
+        super().__init__(in_channels, out_channels, stride, dilation)
+
+
+@pytest.mark.parametrize("block", [OneDilation, OneDilationAndOthers])
+def test_block_that_knows_one_dilation_gets_that_of_its_input(block):
+    net = ResNet(block, (1, 2, 2), (8, 8, 8), stem="cifar", stem_width=8, output_stride=1)
     assert [block.branch.dilation[0] for block in rb.residuals(net).values()] == [1, 1, 2, 2, 4]
 
 
@@ -410,9 +417,9 @@ def test_layers_that_cannot_be_drawn_anew_keep_draws_of_their_own(conv):
 
 def computed(kind):
     """A convolution with a weight that is computed, of that kind."""
-    prune = partial(nn.utils.prune.random_unstructured, name="weight", amount=0.0)
-    norms = nn.utils.parametrizations
-    wrap = {"weight_norm": norms.weight_norm, "spectral_norm": norms.spectral_norm, "pruned": prune}[kind]
+    pruned = partial(prune.random_unstructured, name="weight", amount=0.0)
+    norms = parametrizations.weight_norm, parametrizations.spectral_norm
+    wrap = dict(zip(("weight_norm", "spectral_norm", "pruned"), (*norms, pruned), strict=True))[kind]
     return lambda *args, **options: wrap(nn.Conv2d(*args, **options))
 
 

@@ -331,6 +331,22 @@ class Extra(nn.Identity):
         pass
 
 
+def test_weights_that_follow_their_input_start_as_they_were_given(tmp_path: Path) -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = nn.Parameter(torch.zeros(3, 1, 1), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                self.mean.data.copy_(x.mean((0, 2, 3), keepdim=True)[0])
+            return x - self.mean
+
+    loop = _loop(nn.Sequential(Centred(), tiny_net()))
+    check_net(loop, tiny_dataset())
+    assert not loop.net[0].mean.any()  # type: ignore[index]
+
+
 def test_infinite_mask_is_no_divergence(tmp_path: Path) -> None:
     net = tiny_net()
     net.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))

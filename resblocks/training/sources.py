@@ -89,7 +89,8 @@ def _files(folder: Path) -> list[Path]:
         above = {os.path.realpath(one) for one in (here, *here.parents) if one.is_relative_to(folder)}
         folders[:] = [name for name in folders if os.path.realpath(here / name) not in above]  # links upwards
         for file in (here / name for name in names):
-            if not os.path.exists(file):
+            is_image = file.suffix.lower() in _IMAGES and not file.name.startswith(".")
+            if is_image and file.is_symlink() and not file.exists():
                 raise RuntimeError(f"{file} links to {file.readlink()}, which is not there: get it again or remove it")
             found += [file] if file.is_file() else []
     return sorted(found)
@@ -341,6 +342,18 @@ def open_image(name: Path, data: bytes) -> Any:
         raise RuntimeError(f"{name} is not an image that can be used ({error}): get it again or remove it") from error
 
 
+_ORIENTATION = 0x0112  # of EXIF
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+
 def plain(image: Any) -> Any:
     """An image of Pillow the right way up, as grey or coloured, 8 bits each.
 
@@ -352,7 +365,8 @@ def plain(image: Any) -> Any:
     if image.mode[0] in "IF" or stored:
         raise ValueError(f"its pixels have more than 8 bits, mode {stored[0] if stored else image.mode}")
     image.load()
-    image = require("PIL.ImageOps", "pillow").exif_transpose(image)  # cameras store how they were held
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION))  # cameras store how they were held
+    image = image.transpose(require("PIL.Image", "pillow").Transpose[turn]) if turn else image
     if image.mode in ("L", "RGB"):
         return image
     return image.convert("L" if image.mode in ("1", "LA") else "RGB")
