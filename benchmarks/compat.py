@@ -64,6 +64,7 @@ SMALL: dict[str, Build] = {
     "wide, dropout": small(rb.WideBlock, dropout=0.3),
     "basic, drop path, layer scale": small(drop_path=0.2, scale=LayerScale),
     "basic, blur pool, dilated": small(downsample=blur_downsample, stem="imagenet", output_stride=4),
+    "basic, shortcut D, dilated": small(shortcut="D", stem="imagenet", output_stride=4),
     "bottleneck, group norm, weight standardised": small(rb.Bottleneck, norm=group_norm, conv=WSConv2d),
     "basic, recomputed": small(checkpoint=True),
     "basic, 1D": small(dims=1),

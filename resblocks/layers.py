@@ -254,13 +254,24 @@ class BlurPool(nn.Module):
         for _ in range(self.dims - 1):
             kernel = kernel[..., None] * line
         weight = kernel.expand(self.channels, 1, *[3] * self.dims)
-        padded = nn.functional.pad(x, (self.dilation, self.dilation) * self.dims, mode=self.border)
+        if self.border == "replicate" and torch.compiler.is_compiling():
+            padded = replicated(x, self.dilation)
+        else:
+            padded = nn.functional.pad(x, (self.dilation, self.dilation) * self.dims, mode=self.border)
         conv = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self.dims - 1]
         return conv(padded, weight, stride=self.stride, dilation=self.dilation, groups=self.channels)
 
     def extra_repr(self) -> str:
         dilation = f", dilation={self.dilation}" if self.dilation > 1 else ""
         return f"{self.channels}, stride={self.stride}, border={self.border}{dilation}"
+
+
+def replicated(x: Tensor, width: int) -> Tensor:
+    """`pad` in mode "replicate", by operators whose gradient inductor lays out as it is (torch 2.14, 2D)."""
+    for dim in range(2, x.dim()):
+        first, last = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
+        x = torch.cat([first] * width + [x] + [last] * width, dim)
+    return x
 
 
 @torch.fx.wrap

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import resblocks as rb
+from resblocks.layers import replicated
 from tests.blocks import count, image
 
 
@@ -166,6 +167,16 @@ def test_blur_pool_equals_timm(size):
     ours, theirs = rb.BlurPool(4, 2, border="reflect"), timm.layers.BlurPool2d(4, filt_size=3, stride=2)
     x = image(4, size)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_compiled_blur_pool_pads_alike(dims, dilation):
+    x = image(4, 5, dims)
+    padded = nn.functional.pad(x, (dilation, dilation) * dims, mode="replicate")
+    assert torch.equal(replicated(x, dilation), padded)
+    pool = rb.BlurPool(4, 2, dims, dilation=dilation)
+    torch.testing.assert_close(torch.compile(pool, backend="aot_eager")(x), pool(x))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

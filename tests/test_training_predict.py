@@ -153,6 +153,19 @@ def test_wrapped_net_has_no_config_that_its_weights_would_not_fit(tmp_path: Path
     assert describe(nn.DataParallel(net), dataset)["config"] is None
 
 
+def test_photograph_is_turned_once_by_path_and_as_an_image(tmp_path: Path) -> None:
+    tiny_fit(tmp_path / "net", net := tiny_net())
+    image, exif = Image.effect_noise((6, 6), 50).convert("RGB"), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "held.png", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned.png")
+    trained = load_trained(tmp_path / "net", net)
+    wanted = trained.predict(tmp_path / "turned.png")
+    assert trained.predict(tmp_path / "held.png") == wanted
+    with Image.open(tmp_path / "held.png") as opened:
+        assert trained.predict(opened) == wanted
+
+
 def test_what_is_no_image_or_no_run_is_named(tmp_path: Path) -> None:
     tiny_fit(tmp_path / "net", net := tiny_net())
     with pytest.raises(ValueError, match="image must be a tensor, an image of Pillow or the path of a file, got bytes"):

@@ -21,7 +21,7 @@ from .meter import Meter
 from .ranks import Ranks
 from .recipe import Recipe
 
-GRADIENT_IMAGES = 128  # of the training set, the same ones every time; fewer where a process has smaller batches
+GRADIENT_IMAGES = 128  # of the training set, the same ones every time; fewer where a batch is smaller
 
 
 class Loop:
@@ -203,7 +203,7 @@ class Loop:
         from resblocks.diagnostics import gradient_sizes
 
         self.reseed(derive_seed("gradients", self.seed))
-        rows = self.order(0)[: min(GRADIENT_IMAGES, self.local_batch)]  # shuffled: files come class by class
+        rows = self.order(0)[: min(GRADIENT_IMAGES, self.recipe.batch_size)]  # shuffled: files come class by class
         images = normalise(self.images[rows], self.mean, self.std).contiguous(memory_format=self.memory_format)
         with restored(self.net):
             logits = self.net.train()(images)

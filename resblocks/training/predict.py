@@ -85,14 +85,15 @@ class Trained(nn.Module):
             ValueError: something else, a tensor of another type or shape, pixels of more than 8 bits.
             RuntimeError: a file that is not such an image.
         """
+        picture: Any = None
         if isinstance(image, (str, Path)):
-            image = open_image(Path(image), Path(image).read_bytes())
-        if not isinstance(image, Tensor):
-            if not hasattr(image, "convert"):
-                kind = type(image).__name__
-                raise ValueError(f"image must be a tensor, an image of Pillow or the path of a file, got {kind}")
+            picture = open_image(Path(image), Path(image).read_bytes())
+        elif not isinstance(image, Tensor):
+            picture = plain(image)
+        if picture is not None:
             channels, height, width = self.shape
-            image = to_tensor(plain(image).convert("L" if channels == 1 else "RGB").resize((width, height)))
+            image = to_tensor(picture.convert("L" if channels == 1 else "RGB").resize((width, height)))
+        assert isinstance(image, Tensor)
         found = self(image[None])[0]
         return {self.classes[index]: found[index].item() for index in found.argsort(descending=True).tolist()}
 

@@ -360,6 +360,10 @@ def plain(image: Any) -> Any:
     Raises:
         ValueError: it has more.
     """
+    if not hasattr(image, "getexif"):
+        raise ValueError(
+            f"image must be a tensor, an image of Pillow or the path of a file, got {type(image).__name__}"
+        )
     # Of 16-bit colours the mode does not tell, and loading would cut them: how they are stored does.
     stored = re.search(r"\w+;16[BLN]", str(getattr(image, "tile", "")))
     if image.mode[0] in "IF" or stored:
