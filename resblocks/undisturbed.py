@@ -70,3 +70,14 @@ def restored(net: nn.Module) -> Iterator[None]:
                 with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
                     buffer.copy_(value)
                 setattr(module, name, buffer)
+
+
+@contextmanager
+def weights_restored(net: nn.Module) -> Iterator[None]:
+    """Put back on leaving what a forward in training has made of the weights: some follow their inputs."""
+    before = [(weight, weight.detach().clone()) for weight in net.parameters()]
+    try:
+        yield
+    finally:
+        for weight, value in before:
+            weight.detach().copy_(value)

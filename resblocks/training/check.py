@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from resblocks.undisturbed import restored
+from resblocks.undisturbed import restored, weights_restored
 
 from .augment import normalise, resize
 from .data import Dataset
@@ -43,7 +40,7 @@ def check_net(loop: Loop, dataset: Dataset) -> None:
     """
     gpus = [loop.device] if loop.device.type == "cuda" else []
     images = normalise(loop.images[:1], loop.mean, loop.std).contiguous(memory_format=loop.memory_format)
-    with torch.random.fork_rng(gpus), torch.no_grad(), restored(loop.net), same_weights(loop.net), loop.autocast():
+    with torch.random.fork_rng(gpus), torch.no_grad(), restored(loop.net), weights_restored(loop.net), loop.autocast():
         loop.net.eval()
         check_logits(loop, images, len(dataset.classes), f"of shape {dataset.shape} (C, H, W)")
         loop.net.train()
@@ -52,17 +49,6 @@ def check_net(loop: Loop, dataset: Dataset) -> None:
         settings = f"start_scale={loop.recipe.start_scale}, {loop.local_batch} images a process and step"
         said = f"of shape {tuple(batch.shape[1:])} in training ({settings})"
         check_logits(loop, batch, len(dataset.classes), said)
-
-
-@contextlib.contextmanager
-def same_weights(net: nn.Module) -> Iterator[None]:
-    """Put back on leaving what a forward in training has made of the weights: some follow their inputs."""
-    before = [(weight, weight.detach().clone()) for weight in net.parameters()]
-    try:
-        yield
-    finally:
-        for weight, value in before:
-            weight.detach().copy_(value)
 
 
 def check_logits(loop: Loop, images: Tensor, classes: int, said: str) -> None:
