@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from resblocks.blocks import BasicBlock, DenseLayer
 from resblocks.diagnostics import (
@@ -160,7 +161,7 @@ def test_counting_leaves_pruned_weights_for_the_next_round() -> None:
     other.load_state_dict(net.state_dict())
     for layer in (net, other):
         for _ in range(2):
-            nn.utils.prune.l1_unstructured(layer, "weight", 0.4)
+            prune.l1_unstructured(layer, "weight", 0.4)
             if layer is net:
                 assert count_macs(layer, (8,)) == 64
     assert net.weight.device.type == "cpu"
@@ -260,7 +261,7 @@ def test_gradient_flow_reads_what_a_parametrised_weight_is_made_of(parametrise: 
 
 def test_gradient_flow_reads_pruned_layers_and_inside_wrappers() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-    nn.utils.prune.identity(net[0], "weight")
+    prune.identity(net[0], "weight")
     nn.DataParallel(net)(torch.ones(1, 2)).sum().backward()
     assert [row.name for row in gradient_flow(net)] == ["0.weight_orig", "1.weight"]
     assert gradient_flow(nn.DataParallel(net)) == gradient_flow(net)
