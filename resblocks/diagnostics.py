@@ -232,7 +232,7 @@ def signal_report(net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | 
         ValueError: the net holds no `Residual`.
     """
     blocks = some_residuals(net)
-    taps = {name: _Tap() for name in blocks}
+    taps = {name: _Tap(loss is not None) for name in blocks}
     cuda = [x.device] if x.device.type == "cuda" else []
     with restored(net), eager(), torch.random.fork_rng(devices=cuda), torch.set_grad_enabled(loss is not None):
         # Gradients are wanted at values inside the net, so a frozen net must build a graph too.
@@ -264,18 +264,29 @@ class _Tap:
     grad_norms: tuple[float | None, float | None] = (None, None)
     ran = False
 
-    def on_branch(self, module: nn.Module, args: Any, y: Tensor) -> None:
+    def __init__(self, for_gradients: bool) -> None:
+        self.for_gradients = for_gradients
+
+    def on_branch(self, module: nn.Module, args: Any, y: Tensor) -> Tensor:
         self.branch = self.merged = y
         self.variances = (None, _var(y), _var(y))
         self.ran = True
+        return self.hand_on(y)
 
-    def on_merge(self, module: nn.Module, args: tuple[Tensor, Tensor], y: Tensor) -> None:
+    def on_merge(self, module: nn.Module, args: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
         self.merged = y
         self.variances = (_var(args[0]), _var(args[1]), _var(y))
+        return self.hand_on(y)
+
+    def hand_on(self, y: Tensor) -> Tensor:
+        """A copy where gradients at the value are asked for later: layers of a user may write over what they get."""
+        return y.clone() if self.for_gradients else y
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.detach() if x.dtype == torch.float64 or x.is_complex() else x.detach().float()
+    """In float64: squares of values that vanish or explode leave the range of float32."""
+    x = x.detach().cpu() if x.device.type == "mps" else x.detach()  # which has no float64
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def _var(x: Tensor) -> float:

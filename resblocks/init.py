@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -34,16 +34,31 @@ def init_layer(layer: nn.Module) -> None:
     _draw(layer)
 
 
+def init_new_layers(module: nn.Module) -> None:
+    """Draw the parameters of what the library and torch have just made; the rest starts as its constructor left it."""
+    for layer in dict.fromkeys(_children_first(module, _has_known_constructor)):
+        init_layer(layer)
+
+
 def draws_all(module: nn.Module) -> bool:
-    """Whether `init_layers` draws every parameter of the module, so that what its constructor drew does not count."""
-    return all(_is_drawn(layer) for layer in module.modules())
+    """Whether `init_new_layers` draws every parameter of it, so that what its constructor drew does not count."""
+    drawn = set(_children_first(module, _has_known_constructor))
+    return all(_is_drawn(layer) if layer in drawn else not _own_parameters(layer) for layer in module.modules())
+
+
+def _has_known_constructor(layer: nn.Module) -> bool:
+    return type(layer).__init__.__module__.partition(".")[0] in ("torch", "resblocks")
 
 
 def _is_drawn(layer: nn.Module) -> bool:
     if isinstance(layer, parametrize.ParametrizationList):
         return _can_be_set(layer)
-    own = [name for name, parameter in layer._parameters.items() if parameter is not None]
+    own = _own_parameters(layer)
     return not own or (callable(getattr(layer, "reset_parameters", None)) and "weight_g" not in own)
+
+
+def _own_parameters(layer: nn.Module) -> list[str]:
+    return [name for name, parameter in layer._parameters.items() if parameter is not None]
 
 
 def _can_be_set(parametrizations: nn.Module) -> bool:
@@ -64,8 +79,8 @@ def _draw(layer: nn.Module) -> None:
 def init_weights(module: nn.Module) -> None:
     """Draw all parameters and reset all buffers, as construction does: under one seed both give the same weights.
 
-    That holds for what the library makes; torch's convolutions in a block of your own start by torch's rule when they
-    are made, and by ours here. It is the way from `device="meta"` and `to_empty` to a net that can train. A layer of
+    That holds for what the library makes; a block or layer of your own starts as its constructor leaves it, and what
+    torch's layers in it hold is drawn by our rule here. It is the way from `device="meta"` and `to_empty` to a net that can train. A layer of
     your own takes part through its `reset_parameters()`, which comes after those of the layers inside it and may set
     them too. Trained weights are loaded into a net that is built: what a layer loads while it is made is drawn anew.
     """
@@ -87,10 +102,12 @@ def start_weights(module: nn.Module) -> None:
             start()
 
 
-def _children_first(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        yield from _children_first(child)
-    yield module
+def _children_first(module: nn.Module, within: Callable[[nn.Module], bool] = lambda _: True) -> Iterator[nn.Module]:
+    """The module and all in it, without those that are not within and what they hold."""
+    if within(module):
+        for child in module.children():
+            yield from _children_first(child, within)
+        yield module
 
 
 def branch_weights(branch: nn.Module, kinds: tuple[str, ...]) -> list[nn.Parameter]:

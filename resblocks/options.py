@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from resblocks.attention import ECA, SE
 from resblocks.checks import check_dims, check_dtype, check_positive, check_probability
-from resblocks.init import draws_all, init_layers
+from resblocks.init import draws_all, init_new_layers
 from resblocks.joins import DropPath, Gated
 from resblocks.layers import (
     Family,
@@ -142,7 +142,7 @@ class Layers:
             rewind()
         module = module.to(dtype=self._dtype)  # before the draw, so that init_weights draws the same
         with device:
-            init_layers(module)
+            init_new_layers(module)
         return module
 
     def _of_dims(self, layer: Layer | Family, option: str) -> Layer:

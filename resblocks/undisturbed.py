@@ -56,13 +56,14 @@ def modes_restored(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def restored(net: nn.Module) -> Iterator[None]:
-    """The same, and every buffer's value."""
+    """The same, and every buffer's value; a backward that began before does not notice."""
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in net.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    with modes_restored(net):
+    versioned = tuple(buffer for _, _, buffer, _ in buffers if not buffer.is_inference())
+    with torch.autograd._unsafe_preserve_version_counter(versioned), modes_restored(net):  # the values come back
         try:
             yield
         finally:

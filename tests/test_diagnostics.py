@@ -509,3 +509,39 @@ def test_gradients_of_complex_weights_are_whole() -> None:
     (row,) = gradient_flow(layer)
     assert layer.weight.grad is not None
     assert row.norm == pytest.approx(float(torch.view_as_real(layer.weight.grad).norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("measure", [signal_report, lambda net, x: lesion_study(net, lambda net: float(net(x).sum()))])
+def test_a_measurement_between_forward_and_backward_changes_no_gradient(measure: Any, training: bool) -> None:
+    torch.manual_seed(0)
+    net = small_net().train(training)
+    x = torch.randn(4, 3, 8, 8)
+    grads = []
+    for between in (lambda *_: None, measure):
+        torch.manual_seed(0)
+        loss = net(x).square().sum()
+        between(net, x)
+        grads.append(torch.autograd.grad(loss, list(net.parameters())))
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+def test_signal_report_is_of_what_the_block_put_out_before_others_write_over_it() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 4)
+    x = torch.randn(8, 4)
+    in_place, copies = (
+        signal_report(nn.Sequential(Residual(linear), nn.ReLU(inplace)), x, lambda y: y.square().sum())
+        for inplace in (True, False)
+    )
+    assert in_place == copies
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_gradients_and_signals_are_told_where_their_squares_leave_float32(size: float) -> None:
+    net = nn.Sequential(Residual(nn.Identity()), nn.Linear(2, 1))
+    net(torch.tensor([[3.0, 4.0], [3.0, 4.0]]) * size).sum().backward()
+    assert gradient_flow(net)[0].norm == pytest.approx(20 * size, rel=1e-6)
+    (block,) = signal_report(net, torch.tensor([[3.0, 4.0]]) * size)
+    assert block.branch_var == pytest.approx(0.25 * size**2, rel=1e-6)
+    assert block.ratio == pytest.approx(1, rel=1e-6)

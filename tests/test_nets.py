@@ -390,6 +390,48 @@ def test_layers_of_ones_own_start_by_their_own_rule():
         net.init_weights()
 
 
+class OpenGate(nn.Module):
+    """An attention of a user that starts open, and says so in its constructor alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.constant_(self.conv.bias, 5)
+
+    def forward(self, x):
+        return x * self.conv(x).sigmoid()
+
+
+class LowRank(nn.Conv2d):
+    """A convolution of a user with a second way that starts at zero."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.up = nn.Conv2d(self.in_channels, self.out_channels, 1)
+        nn.init.zeros_(self.up.weight)
+
+
+def test_what_a_constructor_of_ones_own_sets_is_kept():
+    net = small(conv=LowRank, attention=lambda channels: nn.Sequential(OpenGate(channels)))
+    gates = [layer for layer in net.modules() if isinstance(layer, OpenGate)]
+    assert len(gates) == 2
+    assert all((gate.conv.bias == 5).all() and not gate.conv.weight.any() for gate in gates)
+    assert not any(conv.up.weight.any() for conv in net.modules() if isinstance(conv, LowRank))
+
+
+class Circular(nn.Conv2d):
+    """A convolution of a user without a constructor of its own."""
+
+
+def test_torch_layers_from_a_function_and_classes_without_constructor_are_drawn_by_our_rule():
+    torch.manual_seed(0)
+    plain = small().state_dict()
+    for conv in (Circular, lambda *args, **options: nn.Conv2d(*args, **options)):
+        torch.manual_seed(0)
+        assert all(torch.equal(value, plain[name]) for name, value in small(conv=conv).state_dict().items())
+
+
 class OwnConv(nn.Module):
     """A convolution of a user that draws its weight when it is made, and has no reset_parameters."""
 
