@@ -80,9 +80,10 @@ def init_weights(module: nn.Module) -> None:
     """Draw all parameters and reset all buffers, as construction does: under one seed both give the same weights.
 
     That holds for what the library makes; a block or layer of your own starts as its constructor leaves it, and what
-    torch's layers in it hold is drawn by our rule here. It is the way from `device="meta"` and `to_empty` to a net that can train. A layer of
-    your own takes part through its `reset_parameters()`, which comes after those of the layers inside it and may set
-    them too. Trained weights are loaded into a net that is built: what a layer loads while it is made is drawn anew.
+    torch's layers in it hold is drawn by our rule here. It is the way from `device="meta"` and `to_empty` to a net that
+    can train. A layer of your own takes part through its `reset_parameters()`, which comes after those of the layers
+    inside it and may set them too. Trained weights are loaded into a net that is built: what a layer loads while it is
+    made is drawn anew.
     """
     init_layers(module)
     start_weights(module)
