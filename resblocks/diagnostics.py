@@ -1,6 +1,6 @@
 """What a net costs and how signals and gradients pass through it: numbers as plain data, the net left as it was.
 
-`count_params`, `count_macs` and `summary` never compute anything: they run the net's forward on the meta device.
+`count_macs` and `summary` compute nothing: they run the net's forward on the meta device.
 Hooks are removed and training flags and buffers restored on every way out, an error included; `.grad` is never touched.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_map_only
 
 from resblocks.checks import check_input_size
 from resblocks.lesions import Lesion as Lesion
@@ -23,7 +24,7 @@ from resblocks.lesions import lesion_curve as lesion_curve
 from resblocks.lesions import lesion_study as lesion_study
 from resblocks.options import explained
 from resblocks.residual import Residual, plain_name, residuals, some_residuals
-from resblocks.undisturbed import eager, hooked, modes_restored, restored, unwrapped
+from resblocks.undisturbed import INTERNAL, attributes_restored, eager, hooked, restored, unwrapped
 
 
 def count_params(net: nn.Module, trainable_only: bool = False) -> int:
@@ -155,7 +156,8 @@ def gradient_flow(net: nn.Module) -> list[GradientFlow]:
 
     `mean_abs` is the mean of the absolute values, `norm` the Euclidean norm, `std` the standard deviation over the
     entries. Weights without a gradient are left out: frozen ones, and the shortcuts of blocks whose skip is off. A
-    weight that is computed, by a parametrization or pruning, is told by the parameters it is made of. Under a gradient
+    weight that is computed, by a parametrization or pruning, is told by the parameters it is made of. Weights that a
+    layer of another kind holds itself, as `ECA` and `nn.MultiheadAttention` do, are not among them. Under a gradient
     scaler, unscale first.
 
     Raises:
@@ -165,7 +167,7 @@ def gradient_flow(net: nn.Module) -> list[GradientFlow]:
     if not rows:
         raise ValueError(
             f"net must have gradients on its convolution or linear weights, got {type(net).__name__} without any: "
-            f"call loss.backward() first"
+            f"call loss.backward() first, with weights that require grad"
         )
     return rows
 
@@ -215,7 +217,9 @@ class BlockSignal:
         """Variance of the branch relative to that of the shortcut."""
         if self.shortcut_var is None:
             return None
-        return self.branch_var / self.shortcut_var if self.shortcut_var > 0 else math.inf
+        if self.shortcut_var == 0:
+            return math.inf if self.branch_var > 0 else math.nan
+        return self.branch_var / self.shortcut_var
 
 
 def signal_report(net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | None = None) -> list[BlockSignal]:
@@ -312,7 +316,7 @@ def _parts(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
         if not isinstance(child, Residual) and residuals(child):
             yield from _parts(child, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", child
+            yield plain_name(f"{prefix}{name}"), child
 
 
 class _Meter:
@@ -366,11 +370,20 @@ def _count_on_meta(
             part.register_forward_hook(meters[name].after),
         )
     )
-    with modes_restored(net), torch.no_grad(), hooked(handles):
+    with attributes_restored(net), torch.no_grad(), hooked(handles):
         net.eval()
+        for module in net.modules():
+            _move_kept_to_meta(module)
         with counter, explained(net, input_size):
             torch.func.functional_call(net, tensors, (x,), tie_weights=False)
     return counter.get_total_flops() // 2, meters
+
+
+def _move_kept_to_meta(module: nn.Module) -> None:
+    """Tensors that a module holds beside its buffers: masks and codes that it made in an earlier forward."""
+    for name, value in vars(module).items():
+        if name not in INTERNAL:
+            vars(module)[name] = tree_map_only(Tensor, lambda kept: kept.detach().to("meta"), value)
 
 
 def _by(shape: tuple[int, ...] | None) -> str:

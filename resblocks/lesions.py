@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from resblocks.checks import check_sequence
+from resblocks.checks import check_positive, check_sequence
 from resblocks.residual import Residual, Where, skips_off, some_residuals
 from resblocks.undisturbed import eager, hooked, restored
 
@@ -56,9 +56,8 @@ def lesion_study(
         ValueError: `part` is neither, no block is left to damage, or a skip cannot be switched.
     """
     blocks = _candidates(net, part, where)
-    with _evaluating(net):
-        intact = float(evaluate(net))
-        metrics = [_damaged_metric(net, evaluate, [block], part) for block in blocks.values()]
+    intact = _metric(net, evaluate, [], part)
+    metrics = [_metric(net, evaluate, [block], part) for block in blocks.values()]
     lesions = zip(blocks, metrics, strict=True)
     return LesionStudy(intact, tuple(Lesion(name, metric, metric - intact) for name, metric in lesions))
 
@@ -77,38 +76,38 @@ def lesion_curve(
 
     Args:
         counts: how many blocks at once; None is 0, 1, 2, ... up to all of them.
-        trials: draws for each count, of which no two are alike as long as there are so many.
-        seed: of the draws; the same one draws the same blocks.
+        trials: different choices of blocks for each count; all of them where there are no more than trials.
+        seed: of the draws; the same one draws the same blocks, whatever the other counts.
         evaluate, part, where: as in `lesion_study`.
 
     Returns:
         The metrics of the trials for each count.
 
     Raises:
-        ValueError: a count that the net has not so many blocks for, trials below 1; what `lesion_study` raises.
+        ValueError: a count above the number of blocks, trials below 1; what `lesion_study` raises.
     """
     blocks = list(_candidates(net, part, where).values())
     counts = range(len(blocks) + 1) if counts is None else counts
     check_sequence(counts=counts)
-    if trials < 1:
-        raise ValueError(f"trials must be at least 1, got {trials}")
-    if any(not 0 <= count <= len(blocks) for count in counts):
-        raise ValueError(f"counts must lie between 0 and the {len(blocks)} blocks that can be damaged, got {counts}")
-    generator = torch.Generator().manual_seed(seed)
-    with _evaluating(net):
-        return {
-            count: [
-                _damaged_metric(net, evaluate, [blocks[index] for index in chosen], part)
-                for chosen in _draws(len(blocks), count, trials, generator)
-            ]
-            for count in counts
-        }
+    check_positive(trials=trials)
+    if any(type(count) is not int or not 0 <= count <= len(blocks) for count in counts):
+        raise ValueError(
+            f"counts must be integers from 0 to the {len(blocks)} blocks that can be damaged, got {counts}"
+        )
+    return {
+        count: [
+            _metric(net, evaluate, [blocks[index] for index in chosen], part)
+            for chosen in _draws(len(blocks), count, trials, seed)
+        ]
+        for count in counts
+    }
 
 
-def _draws(blocks: int, count: int, trials: int, generator: torch.Generator) -> list[tuple[int, ...]]:
+def _draws(blocks: int, count: int, trials: int, seed: int) -> list[tuple[int, ...]]:
     """Different choices of so many blocks: all of them where there are no more than trials, else random ones."""
     if comb(blocks, count) <= trials:
         return list(combinations(range(blocks), count))
+    generator = torch.Generator().manual_seed(seed)
     drawn: set[tuple[int, ...]] = set()
     while len(drawn) < trials:
         drawn.add(tuple(sorted(torch.randperm(blocks, generator=generator)[:count].tolist())))
@@ -120,24 +119,20 @@ def _candidates(net: nn.Module, part: Part, where: Where | None) -> dict[str, Re
         raise ValueError(f'part must be "branch" or "skip", got {part!r}')
     blocks = {name: block for name, block in some_residuals(net, where).items() if block.skip}
     if not blocks:
-        raise ValueError("where must choose at least one block whose skip is on, got none")
+        raise ValueError("net must have at least one block whose skip is on, got none")
     return blocks
 
 
-@contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    with restored(net), eager(), torch.no_grad():
-        net.eval()
-        yield
+def _metric(net: nn.Module, evaluate: Evaluate, damaged: Sequence[Residual], part: Part) -> float:
+    """Of the net with these blocks damaged; whatever `evaluate` does to it, the next one begins from the same net."""
+    with restored(net), eager(), torch.no_grad(), _damage(net, damaged, part):
+        return float(evaluate(net.eval()))
 
 
-def _damaged_metric(net: nn.Module, evaluate: Evaluate, blocks: Sequence[Residual], part: Part) -> float:
+def _damage(net: nn.Module, blocks: Sequence[Residual], part: Part) -> AbstractContextManager[object]:
     if part == "skip" and blocks:
-        with skips_off(net, where=partial(_is_one, blocks)):
-            return float(evaluate(net))
-    silenced = [] if part == "skip" else blocks
-    with hooked([block.branch.register_forward_hook(_zeros) for block in silenced]):
-        return float(evaluate(net))
+        return skips_off(net, where=partial(_is_one, blocks))
+    return hooked(block.branch.register_forward_hook(_zeros) for block in blocks)
 
 
 def _is_one(wanted: Sequence[Residual], name: str, block: Residual) -> bool:

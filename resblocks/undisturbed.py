@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
@@ -36,49 +38,54 @@ def unwrapped(net: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def modes_restored(net: nn.Module) -> Iterator[None]:
-    """Put back on leaving every module's training flag and what hooks compute as attributes."""
+def attributes_restored(net: nn.Module) -> Iterator[None]:
+    """Put back on leaving what modules hold besides parameters and children: modes, counters, caches, which buffers."""
     training = {module: module.training for module in net.modules()}
-    computed = [
-        (module, name, value)
-        for module in training
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor)
-    ]
+    before = [(module, type(module), _attributes(module)) for module in training]
     try:
         yield
     finally:
         for module, flag in training.items():
             module.training = flag
-        for module, name, value in computed:
-            setattr(module, name, value)
+        for module, kind, attributes in before:
+            if type(module) is kind:  # a lazy module is another one after its first forward
+                _put_back(module, attributes)
+
+
+# What every module has for its own work.
+INTERNAL = vars(nn.Module()).keys()
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """The attributes of a module, lists and dictionaries with a copy of what is in them."""
+    return {
+        name: (value, value.copy() if type(value) in (dict, list) else None)
+        for name, value in vars(module).items()
+        if name not in INTERNAL or name == "_buffers"
+    }
+
+
+def _put_back(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
+    now = vars(module)
+    for name in now.keys() - attributes.keys() - INTERNAL:
+        del now[name]
+    for name, (value, content) in attributes.items():
+        now[name] = value
+        if content is not None:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
 
 
 @contextmanager
 def restored(net: nn.Module) -> Iterator[None]:
-    """The same, and every buffer's value; a backward that began before does not notice."""
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in net.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    versioned = tuple(buffer for _, _, buffer, _ in buffers if not buffer.is_inference())
-    with torch.autograd._unsafe_preserve_version_counter(versioned), modes_restored(net):  # the values come back
+    """The same, and the values of all parameters and buffers; a backward that began before does not notice."""
+    tensors = [tensor for tensor in (*net.parameters(), *net.buffers()) if not is_lazy(tensor)]
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    versioned = tuple(tensor for tensor in tensors if not tensor.is_inference())
+    with _unsafe_preserve_version_counter(versioned), attributes_restored(net):  # the values come back
         try:
             yield
         finally:
-            for module, name, buffer, value in buffers:
-                with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
-                    buffer.copy_(value)
-                setattr(module, name, buffer)
-
-
-@contextmanager
-def weights_restored(net: nn.Module) -> Iterator[None]:
-    """Put back on leaving what a forward in training has made of the weights: some follow their inputs."""
-    before = [(weight, weight.detach().clone()) for weight in net.parameters()]
-    try:
-        yield
-    finally:
-        for weight, value in before:
-            weight.detach().copy_(value)
+            for tensor, value in before:
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                    tensor.copy_(value)

@@ -442,7 +442,7 @@ def test_lesion_study_leaves_plain_blocks_out() -> None:
     net[1][0].skip = False
     assert [lesion.name for lesion in lesion_study(net, lambda net: 0.0).lesions] == ["1.1"]
     set_skip(net, False)
-    with pytest.raises(ValueError, match="at least one block whose skip is on, got none"):
+    with pytest.raises(ValueError, match="net must have at least one block whose skip is on, got none"):
         lesion_study(net, lambda net: 0.0)
 
 
@@ -477,7 +477,10 @@ def test_lesion_curve_agrees_with_the_study_of_single_blocks() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"counts": [3]}, "counts must lie between 0 and the 2 blocks"), ({"trials": 0}, "trials must be at least 1")],
+    [
+        ({"counts": [3]}, "counts must be integers from 0 to the 2 blocks"),
+        ({"trials": 0}, "trials must be an integer of at least 1"),
+    ],
 )
 def test_lesion_curve_of_what_cannot_be_raises(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -545,3 +548,77 @@ def test_gradients_and_signals_are_told_where_their_squares_leave_float32(size: 
     (block,) = signal_report(net, torch.tensor([[3.0, 4.0]]) * size)
     assert block.branch_var == pytest.approx(0.25 * size**2, rel=1e-6)
     assert block.ratio == pytest.approx(1, rel=1e-6)
+
+
+class Coded(nn.Module):
+    """A layer of a user that keeps what it made in its first forward, in each way that people do, and counts."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.calls, self.codes = how, 0, {}
+        if how == "attribute":
+            self.code = None
+        if how == "buffer":
+            self.register_buffer("code", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.how == "dictionary":
+            return x + self.codes.setdefault(x.shape[1:], torch.linspace(0, 1, x.shape[1], device=x.device))
+        if getattr(self, "code", None) is None:
+            self.code = torch.linspace(0, 1, x.shape[1], device=x.device)
+        return x + self.code
+
+
+@pytest.mark.parametrize("how", ["attribute", "missing", "buffer", "dictionary"])
+@pytest.mark.parametrize("measure", [count_macs, summary, lambda net, size: signal_report(net, torch.ones(2, *size))])
+def test_a_net_that_keeps_what_its_first_forward_makes_is_left_as_it_was(how: str, measure: Any) -> None:
+    net = nn.Sequential(Coded(how), Residual(nn.Linear(8, 8)))
+    before = dict(vars(net[0]))
+    measure(net, (8,))
+    assert vars(net[0]) == before
+    assert net[0].codes == {}
+    assert net(torch.ones(2, 8)).shape == (2, 8)
+    measure(net, (8,))
+    net(torch.ones(2, 8))
+
+
+class Centred(nn.Module):
+    """A layer of a user that moves a parameter by what it sees in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.mean.lerp_(x.mean((0, 2, 3)), 0.1 * self.training)
+        return x - self.mean[:, None, None]
+
+
+def test_signal_report_puts_weights_back_that_follow_their_inputs() -> None:
+    net = nn.Sequential(Centred(), small_net())
+    signal_report(net, torch.randn(4, 3, 8, 8) + 1)
+    assert not net[0].mean.any()
+
+
+def test_every_lesion_begins_from_the_same_net_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    net, x, modes = small_net(), torch.randn(8, 3, 8, 8), []
+
+    def recalibrate(net: nn.Module) -> float:
+        modes.append(net.training)
+        out = float(net(x).sum())
+        net.train()(x * 3)
+        return out
+
+    whole = lesion_study(net, recalibrate)
+    assert modes == [False] * 3
+    alone = lesion_study(net, recalibrate, where="1.1")
+    assert alone.lesions[0] == whole.lesions[1]
+
+
+def test_draws_of_a_count_do_not_depend_on_the_other_counts() -> None:
+    net = nn.Sequential(*(Residual(nn.Linear(2, 2)) for _ in range(6)))
+    drawn = [lesion_curve(net, lambda net: float(net(torch.ones(1, 2)).sum()), c, trials=3) for c in ([3], [2, 3])]
+    assert drawn[0][3] == drawn[1][3]

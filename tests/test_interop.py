@@ -19,6 +19,7 @@ from resblocks import create_model, skips_off
 from resblocks.attention import CBAM
 from resblocks.fuse import fuse
 from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION, differences, load, pretrained, to_timm, to_torchvision
+from resblocks.interop.compare import _apart
 from resblocks.interop.weights import plain_names, read
 from resblocks.layers import WSConv2d, freeze_norm, group_norm, weight_standardised
 
@@ -577,3 +578,18 @@ def test_every_part_of_timms_nets_takes_norm_conv_and_activation(name: str) -> N
 def test_stem_convolution_of_timm_without_norm_has_a_bias() -> None:
     net = TIMM["resnetrs50"](norm=None, device="meta")
     assert net.get_parameter("stem.pool.conv.bias") is not None
+
+
+def test_differences_of_equal_nets_with_dropout_are_rounding_and_draw_nothing() -> None:
+    model = torchvision.models.densenet121(drop_rate=0.2, num_classes=10).double()
+    net = TORCHVISION["densenet121"](dropout=0.2, num_classes=10, dtype=torch.float64)
+    load(net, model)
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        found = differences(net, model, torch.rand(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator()))
+    assert max(found.values()) < 1e-7
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_differences_of_small_values_are_told() -> None:
+    assert _apart(torch.full((4,), 1e-30), torch.full((4,), 2e-30)) == pytest.approx(0.5)

@@ -12,8 +12,9 @@ from resblocks.undisturbed import restored, unwrapped
 def differences(net: nn.Module, model: nn.Module, x: Tensor) -> dict[str, float]:
     """How far our net and a model with the same weights are apart, each as norm of the difference over the norm.
 
-    The gradients are those of a random weighted sum of the logits, in training mode, of frozen parameters too. Weights,
-    statistics and modes of both are afterwards what they were.
+    The gradients are those of a random weighted sum of the logits, in training mode, of frozen parameters too. Both
+    nets draw from the same random numbers, so that dropout masks the same values where it draws in the same order.
+    Weights, statistics, modes and torch's generator are afterwards what they were.
 
     Args:
         net: our net, loaded from the model.
@@ -28,8 +29,9 @@ def differences(net: nn.Module, model: nn.Module, x: Tensor) -> dict[str, float]
     theirs = find_names(net, model.state_dict(), None).theirs
     with restored(net), restored(model), torch.no_grad():
         logits = [module.eval()(x) for module in (net, model)]
-    ours = _gradients(net, x)
-    others = _gradients(model, x)
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.enable_grad():
+        ours = _gradients(net, x)
+        others = _gradients(model, x)
     shared = [key for key, _ in net.named_parameters() if theirs[key] in others]
     return {
         "logits": _apart(*logits),
@@ -52,6 +54,7 @@ def _gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
         with restored(module):
             for weight in frozen:
                 weight.requires_grad_()
+            torch.manual_seed(0)
             logits = module.train()(leaf)
             direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
             # Zero where nothing depends on it: the projection of a shortcut that is switched off.
@@ -63,5 +66,6 @@ def _gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> float:
+    ours, theirs = (values.cpu().double() for values in (ours, theirs))  # squares of small values vanish in float32
     difference = (ours - theirs.reshape(ours.shape)).norm() / theirs.norm().clamp_min(torch.finfo(theirs.dtype).tiny)
     return float(difference)

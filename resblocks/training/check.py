@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from resblocks.undisturbed import restored, weights_restored
+from resblocks.undisturbed import restored
 
 from .augment import normalise, resize
 from .data import Dataset
@@ -40,7 +40,7 @@ def check_net(loop: Loop, dataset: Dataset) -> None:
     """
     gpus = [loop.device] if loop.device.type == "cuda" else []
     images = normalise(loop.images[:1], loop.mean, loop.std).contiguous(memory_format=loop.memory_format)
-    with torch.random.fork_rng(gpus), torch.no_grad(), restored(loop.net), weights_restored(loop.net), loop.autocast():
+    with torch.random.fork_rng(gpus), torch.no_grad(), restored(loop.net), loop.autocast():
         loop.net.eval()
         check_logits(loop, images, len(dataset.classes), f"of shape {dataset.shape} (C, H, W)")
         loop.net.train()
