@@ -33,6 +33,11 @@ def test_se_equals_timm():
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+def test_hidden_layer_has_the_width_that_reduction_says():
+    assert [rb.SE(channels).reduce.out_features for channels in (4, 64, 256)] == [4, 8, 16]
+    assert rb.CBAM(256, reduction=4).reduce.out_features == 64
+
+
 def test_cbam_equals_its_equations():
     cbam = rb.CBAM(16)
     x = image(16)

@@ -171,6 +171,22 @@ def test_block_equals_torchvision(name, ours, number):
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("block", [rb.BasicBlock, rb.Bottleneck, rb.PreActBasicBlock, rb.PreActBottleneck])
+def test_groups_reach_every_3x3_convolution(block):
+    convolutions = [layer for layer in block(16, 16, groups=2).branch if isinstance(layer, nn.Conv2d)]
+    assert {layer.groups for layer in convolutions if layer.kernel_size == (3, 3)} == {2}
+
+
+@pytest.mark.parametrize("block", [rb.Bottleneck, rb.PreActBottleneck, partial(rb.ResNeXtBlock, cardinality=1)])
+@pytest.mark.parametrize("base_width", [32, 128])
+def test_inner_width_follows_base_width_and_expansion(block, base_width):
+    assert block(16, 64, base_width=base_width, expansion=2).branch.conv2.out_channels == base_width // 2
+
+
+def test_dilation_reaches_dense_layers():
+    assert rb.DenseLayer(8, 16, dilation=2).branch.conv2.dilation == (2, 2)
+
+
 def test_preact_block_shares_the_first_activation_where_the_shape_changes():
     projecting, same = rb.PreActBasicBlock(8, 16, 2), rb.PreActBasicBlock(8, 8)
     assert [name for name, _ in projecting.preact.named_children()] == ["norm1", "act1"]

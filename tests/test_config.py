@@ -69,6 +69,8 @@ def test_config_follows_the_head_and_leaves_out_the_device() -> None:
     net.reset_head(3)
     assert to_config(net)["options"]["num_classes"] == 3
     assert "device" not in to_config(net)["options"]
+    net.reset_head(0)
+    assert to_config(net)["options"]["num_classes"] == 0
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])

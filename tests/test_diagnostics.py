@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -209,6 +210,29 @@ def test_summary_shows_a_part_that_does_not_run_without_a_shape() -> None:
     assert rows["branch"].output_shape == (4,)
 
 
+class Twice(nn.Module):
+    """Runs its block twice."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.block(self.block(x))
+        return out
+
+
+def test_summary_counts_every_run_of_a_part() -> None:
+    table = summary(Twice(Residual(nn.Linear(4, 4))), (4,))
+    assert table.rows[0].macs == table.macs == 2 * 4 * 4
+
+
+def test_units_of_a_summary_are_decimal() -> None:
+    said = str(summary(nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 2)), (1000,)))
+    assert "1.000 M" in said
+    assert "2.000 k" in said
+
+
 def test_gradient_flow_reads_every_convolution_and_linear_weight_in_order() -> None:
     net = small_net()
     net(torch.randn(4, 3, 8, 8)).square().mean().backward()
@@ -344,6 +368,29 @@ def test_signal_report_of_a_plain_block_has_no_shortcut() -> None:
     assert residual.ratio > 0
 
 
+def test_ratio_to_a_shortcut_without_variance_is_infinite() -> None:
+    (row,) = signal_report(Residual(nn.Linear(4, 4)), torch.ones(2, 4))
+    assert (row.shortcut_var, row.ratio) == (0, math.inf)
+
+
+class Counting(nn.Module):
+    """A layer of a user that puts a new tensor in the place of its buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs = self.runs + 1
+        return x
+
+
+def test_signal_report_puts_back_a_buffer_that_was_replaced() -> None:
+    net = nn.Sequential(Residual(nn.Linear(3, 3)), Counting())
+    signal_report(net, torch.randn(2, 3))
+    assert net[1].runs == 0
+
+
 def test_signal_report_reads_the_gradients_of_a_frozen_net() -> None:
     net = small_net().requires_grad_(False)
     rows = signal_report(net, torch.randn(4, 3, 8, 8), loss=Tensor.sum)
@@ -473,6 +520,13 @@ def test_lesion_curve_agrees_with_the_study_of_single_blocks() -> None:
     curve = lesion_curve(net, lambda net: net(x).sum(), trials=100)
     assert curve[0] == [study.intact]
     assert curve[1] == [lesion.metric for lesion in study.lesions]
+
+
+def test_lesion_curve_damages_chosen_blocks_only() -> None:
+    net, x = nn.Sequential(*(Residual(nn.Linear(3, 3)) for _ in range(3))), torch.randn(2, 3)
+    study = lesion_study(net, lambda net: net(x).sum(), where="1")
+    curve = lesion_curve(net, lambda net: net(x).sum(), where="1")
+    assert curve == {0: [study.intact], 1: [study.lesions[0].metric]}
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,13 @@ def test_all_norms_and_additions_of_a_resnet_are_folded():
     assert count(net, nn.BatchNorm2d) == 20  # the net itself is as it was
 
 
+@pytest.mark.parametrize("change", [nn.SyncBatchNorm.convert_sync_batchnorm, rb.freeze_norm])
+@pytest.mark.parametrize("options", [{}, {"conv": rb.weight_standardised}])
+def test_norms_and_convolutions_of_every_kind_are_folded(change, options):
+    fast = fuse(change(trained("resnet20", **options)))
+    assert (count(fast, FusedConv), count(fast, FusedResidual)) == (19, 9)
+
+
 def test_fused_net_stays_what_it_is_in_a_net_that_trains():
     net, x = trained("densenet_40_12", dropout=0.2), image(3, 16, batch=2)
     fast = fuse(net)
@@ -154,6 +161,11 @@ def test_folding_comes_before_the_cast():
     assert relative_error(late, exact) < relative_error(early, exact)
 
 
+def test_fused_net_of_half_precision_keeps_its_dtype():
+    fast = fuse(trained("resnet20").bfloat16())
+    assert {parameter.dtype for parameter in fast.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("build", [
     lambda act: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act, nn.Conv2d(4, 4, 1), act),
     lambda act: nn.Sequential(*[rb.BasicBlock(4, 4)] * 2),
@@ -200,6 +212,13 @@ class HalfBlock(rb.BasicBlock):
         return super().forward(x) / 2
 
 
+class HalfRun(rb.BasicBlock):
+    """A block of a user that runs in a way of its own."""
+
+    def run(self, x, rebuild=None):
+        return super().run(x, rebuild) / 2
+
+
 class HalfLayer(rb.DenseLayer):
     """A dense layer of a user with a forward of its own."""
 
@@ -224,6 +243,8 @@ def shared_branch(*, alone):
     lambda: nn.Sequential(nn.Conv2d(4, 4, 1), AlwaysDropout()),
     lambda: nn.Sequential(nn.Conv2d(4, 4, 1), Tripled(), nn.ReLU()),
     lambda: HalfBlock(4, 4),
+    lambda: HalfRun(4, 4),
+    lambda: rb.Residual(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), act=nn.ReLU()),
     lambda: dense_block_of(HalfLayer),
     lambda: rb.Residual(nn.Sequential(nn.Conv2d(4, 4, 1)), drop_path=AlwaysDropout()),
     lambda: shared_branch(alone=True),

@@ -265,9 +265,10 @@ def test_part_of_a_larger_model_is_found_by_its_prefix() -> None:
     with pytest.raises(ValueError, match=r"source must have the names of .*; prefix='backbone\.' would find its names"):
         load(net, whole)
     assert load(net, whole, prefix="backbone.") == ["1 keys that do not begin with 'backbone.': left out"]
-    wrapped = {f"module.{key}": tensor for key, tensor in whole.items()}
-    for prefix in ("backbone.", "module.backbone."):
-        assert len(load(net, wrapped, prefix=prefix)) == 1
+    for wrapper in ("module.", "_orig_mod.", "module._orig_mod."):
+        wrapped = {f"{wrapper}{key}": tensor for key, tensor in whole.items()}
+        for prefix in ("backbone.", f"{wrapper}backbone."):
+            assert len(load(net, wrapped, prefix=prefix)) == 1
     assert torch.equal(net.get_parameter("head.bias"), model.fc.bias)
     with pytest.raises(ValueError, match=r"prefix must begin names of the source, got 'body\.', which has \['backbone"):
         load(net, whole, prefix="body.")

@@ -59,6 +59,14 @@ def test_frozen_batch_norm_equals_evaluation_and_stays_so_in_training():
     assert list(frozen.parameters()) == []
 
 
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_frozen_norm_has_the_eps_of_the_norm_and_values_of_its_own(kind):
+    norm, x = kind(5, eps=0.5), image(5)
+    frozen = rb.FrozenBatchNorm.from_norm(norm)
+    norm.running_mean.fill_(7)
+    torch.testing.assert_close(frozen(x), x / 1.5**0.5)
+
+
 def test_freeze_norm_survives_train_and_keeps_the_state_dict():
     net = rb.ResNet(rb.Bottleneck, (1, 1), (16, 32), num_classes=2)
     net(image(3, 32))

@@ -154,6 +154,15 @@ def test_stem_marked_with_layers_honours_the_options(dims):
     assert trains_every_parameter(net, image(3, 8, dims)).shape == (3, 3)
 
 
+def test_stem_of_an_even_kernel_raises():
+    @with_layers
+    def stem(make, in_channels, width):
+        return make.conv(in_channels, width, 2)
+
+    with pytest.raises(ValueError, match="kernel_size must be odd to keep the size of the map, got 2"):
+        small(stem=stem)
+
+
 def test_preactivated_net_normalises_before_its_head_and_not_in_its_stem():
     net = small(PreActBasicBlock)
     assert [type(layer).__name__ for layer in net.stem] == ["Conv2d"]
@@ -186,6 +195,12 @@ def test_features_have_the_channels_and_strides_that_the_net_tells(name, size):
     maps = net.features(image(3, size, batch=1))
     for channels, stride, features in zip(net.stage_channels, net.stage_strides, maps, strict=True):
         assert features.shape == (1, channels, *[-(-size // stride)] * 2)
+
+
+@pytest.mark.parametrize("net", [DenseNet(4, (1, 1, 1)), BaselineCNN((1, 1, 1), (8, 8, 8))], ids=["dense", "baseline"])
+def test_pools_between_stages_count_in_the_strides(net):
+    maps = net.eval().features(image(3, 32, batch=1))
+    assert [32 // features.shape[-1] for features in maps] == list(net.stage_strides)
 
 
 @pytest.mark.parametrize(("stages", "ran"), [((), 0), ((0,), 1), ((1, 0), 2), (None, 2)])
@@ -339,6 +354,18 @@ def test_fixup_knows_the_number_of_blocks_and_starts_its_head_at_zero():
     assert not net.head.bias.any()
 
 
+def test_fixup_of_bottlenecks_draws_each_of_two_convolutions_less_small():
+    nets = []
+    for scale in (rb.Fixup, rb.LayerScale):
+        torch.manual_seed(0)
+        nets.append(ResNet(Bottleneck, (2, 2), (8, 16), stem="cifar", stem_width=8, norm=None, scale=scale))
+        torch.manual_seed(0)
+        nets[-1].init_weights()
+    for name in ("conv1", "conv2"):
+        ours, theirs = (net.stages[0][0].branch.get_submodule(name).weight for net in nets)
+        torch.testing.assert_close(ours, theirs * 4 ** (-1 / 4))
+
+
 class Halving(nn.Module):
     """A scale of a user, which halves what the branch starts with."""
 
@@ -484,6 +511,8 @@ def test_scale_names_weights_that_it_cannot_set():
 def test_skip_of_a_net_is_that_of_its_blocks():
     net = small()
     assert net.skip
+    net.stages[0][0].skip = False
+    assert not net.skip
     net.skip = False
     assert [block.skip for block in rb.residuals(net).values()] == [False, False]
     assert not net.skip
@@ -501,6 +530,12 @@ def test_init_weights_repeats_construction_in_any_dtype(dtype):
     torch.manual_seed(0)
     net.init_weights()
     assert all(torch.equal(value, built[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(("norm", "fan"), [(None, 64 * 9), (nn.BatchNorm2d, 16 * 9)])
+def test_convolutions_start_by_fan_in_without_a_norm_and_by_fan_out_before_one(norm, fan):
+    weight = BasicBlock(64, 16, norm=norm).branch.conv1.weight
+    assert weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.1)
 
 
 def test_stride_of_a_stem_of_ones_own_is_counted_or_asked_for():
@@ -535,6 +570,7 @@ def test_pool_without_a_stride_has_that_of_its_window():
         (nn.PixelShuffle(2), "its layers have no stride that counts"),
         (nn.AdaptiveAvgPool2d(4), "its layers have no stride that counts"),
         (nn.AdaptiveMaxPool2d(4), "its layers have no stride that counts"),
+        (nn.FractionalMaxPool2d(2, output_ratio=0.5), "its layers have no stride that counts"),
         (nn.Conv2d(8, 8, 3, stride=(2, 1)), "its dimensions have strides of their own"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import resblocks as rb
+from resblocks.rebuild import _Pair
 from tests.blocks import BLOCKS, SUM_BLOCKS, image
 
 NORMS = {
@@ -152,6 +154,13 @@ def test_net_rebuilds_stem_and_final_too(saved):
     assert kept(False) - kept("norms") == 4 * (stem + block + final)
 
 
+def test_densenet_rebuilds_stem_and_final_too(saved):
+    net = rb.DenseNet(4, (1,), stem="deep", stem_width=16, memory="plain", checkpoint="norms")
+    half, x = copy.deepcopy(net), image(3, 32, batch=2)
+    half.checkpoint = False
+    assert saved(half, x) - saved(net, x) >= 4 * 2 * 2 * 8 * 16 * 16  # of each pair in the stem one map
+
+
 def test_backward_twice_and_second_order_work():
     x = image(8, 4, dtype=torch.float64)
     outs = []
@@ -174,6 +183,23 @@ def test_change_in_place_before_backward_raises(what):
         block.branch.get_parameter(what).mul_(2)
     with pytest.raises(RuntimeError, match="was changed in place after forward"):
         y.backward()
+
+
+def test_statistics_changed_in_place_before_backward_raise():
+    block = rb.PreActBasicBlock(8, 8, checkpoint="norms").eval()
+    block.branch.norm1.requires_grad_(False)  # torch's own check is that of its backward
+    y = block(image(8, 4)).sum()
+    block.branch.norm1.running_mean.add_(1)
+    with pytest.raises(RuntimeError, match="was changed in place after forward"):
+        y.backward()
+
+
+def test_rebuilt_values_are_let_go_when_all_have_asked():
+    block = rb.BasicBlock(8, 8, checkpoint="norms")
+    y = block(image(8, 4)).sum()
+    y.backward(retain_graph=True)
+    pairs = [found for found in gc.get_objects() if type(found) is _Pair and found.norm is block.branch.norm1]
+    assert [pair.values for pair in pairs] == [{}]
 
 
 class Doubled(nn.Module):
@@ -274,7 +300,6 @@ def test_compiled_block_gives_the_same():
 
 
 def test_graph_is_freed_without_the_collector():
-    import gc
     import weakref
 
     gc.disable()

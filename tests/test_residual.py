@@ -311,6 +311,28 @@ def test_layout_of_the_sum_does_not_depend_on_who_looks_on():
     assert block(x).stride() == unseen.stride()
 
 
+def test_dtype_of_the_sum_does_not_depend_on_who_looks_on():
+    block, x = BasicBlock(4, 4), image(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        unseen = block(x)
+        block.merge.register_forward_hook(lambda *_: None)
+        assert block(x).dtype == unseen.dtype == torch.float32
+
+
+class KeepShortcut(nn.Module):
+    """A merge of a user that puts out what it was given."""
+
+    def forward(self, shortcut, branch):
+        return shortcut
+
+
+def test_input_that_a_merge_puts_out_is_not_written_over():
+    block, x = Residual(nn.Linear(4, 4), merge=KeepShortcut(), act=nn.ReLU()), torch.randn(3, 4)
+    before = x.clone()
+    block(x)
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
@@ -330,3 +352,13 @@ def test_parts_that_are_no_modules_are_named(parts, text):
 def test_names_of_blocks_are_those_inside_wrappers(wrap):
     net = wrap(nn.Sequential(Residual(nn.Linear(2, 2)), Residual(nn.Linear(2, 2))))
     assert set_skip(net, False, where="1*") == ["1"]
+
+
+def test_names_of_blocks_are_those_inside_ddp(tmp_path):
+    dist = pytest.importorskip("torch.distributed")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        net = nn.parallel.DistributedDataParallel(nn.Sequential(Residual(nn.Linear(2, 2)), Residual(nn.Linear(2, 2))))
+        assert set_skip(net, False, where="1*") == ["1"]
+    finally:
+        dist.destroy_process_group()
