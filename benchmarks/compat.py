@@ -37,9 +37,8 @@ from resblocks.attention import CBAM, ECA, SE
 from resblocks.config import from_config, to_config
 from resblocks.fuse import fuse
 from resblocks.joins import LayerScale
-from resblocks.layers import WSConv2d, blur_downsample, group_norm
+from resblocks.layers import WSConv2d, batch_norm, blur_downsample, group_norm
 from resblocks.models import MODELS
-from resblocks.rebuild import BATCH_NORMS
 from resblocks.training.environment import commit, environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "compat_cpu_2026-11.json"
@@ -91,7 +90,7 @@ NETS: dict[str, Build] = {name: settled(build) for name, build in {**SMALL, **MO
 @torch.no_grad()
 def settle(net: nn.Module) -> nn.Module:
     """Give the net the statistics of one batch, always the same."""
-    norms = {layer: layer.momentum for layer in net.modules() if isinstance(layer, BATCH_NORMS)}
+    norms = {layer: layer.momentum for layer in net.modules() if isinstance(layer, batch_norm)}
     if not norms:
         return net
     for norm in norms:

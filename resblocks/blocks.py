@@ -295,16 +295,14 @@ class DenseLayer(Residual):
         growth_rate = check_growth(in_channels, out_channels, stride)
         make = dense_layers(options)
         check_positive(bn_size=1 if bn_size is None else bn_size)
-        width = in_channels if bn_size is None else bn_size * growth_rate
-        reduction = (
-            {}
-            if bn_size is None
-            else {
+        width, reduction = in_channels, {}
+        if bn_size is not None:
+            width = bn_size * growth_rate
+            reduction = {
                 "conv1": make.conv(in_channels, width, 1),
                 "norm2": make.norm(width),
                 "act2": make.activation(),
             }
-        )
         branch = named(
             norm1=make.norm(in_channels),
             act1=make.activation(),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from resblocks.layers import batch_norm
 from resblocks.rebuild import Rebuild, is_repeatable, may_rebuild
-from resblocks.recompute import BATCH_NORMS
 from resblocks.watched import is_watched
 
 
@@ -61,7 +61,7 @@ def is_silent(part: nn.Module) -> bool:
 
 def is_fresh(norm: nn.Module) -> bool:
     """Whether what the norm puts out may be written over: batch norm makes a new tensor and does not keep it."""
-    return type(norm) in BATCH_NORMS and not is_watched(norm)
+    return type(norm) in batch_norm and not is_watched(norm)
 
 
 def ends_fresh(branch: nn.Module) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 
 def check_positive(**arguments: object) -> None:
@@ -57,3 +60,20 @@ def check_input_size(sizes: object) -> None:
     fits = isinstance(sizes, Sequence) and bool(sizes) and all(isinstance(size, int) and size > 0 for size in sizes)
     if not fits:
         raise ValueError(f"input_size must be positive integers, one sample without the batch, got {sizes!r}")
+
+
+@contextmanager
+def explained(net: nn.Module, input_size: Sequence[int]) -> Iterator[None]:
+    """Say of an error in the net's forward which input size it was given, and what the net reads first."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reads = next(
+            (f"; its first convolution is {layer}" for layer in net.modules() if isinstance(layer, _ConvNd)), ""
+        )
+        raise ValueError(
+            f"input_size must be one sample that the net takes, without the batch dimension, got {tuple(input_size)}"
+            f"{reads} ({type(error).__name__}: {error})"
+        ) from error

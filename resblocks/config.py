@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resblocks.recompute import BATCH_NORMS
+from resblocks.layers import batch_norm
 from resblocks.residual import Residual
 from resblocks.undisturbed import unwrapped
 
@@ -94,8 +94,8 @@ def recorded(init: Callable[..., None]) -> Callable[..., None]:
     @wraps(init)
     def record(self: nn.Module, *args: Any, **options: Any) -> None:
         if "built_by" not in self.__dict__:
-            where = {"device"}  # where a net is made is no part of what it is
-            said = {name: option for name, option in options.items() if name not in where}
+            # Where a net is made is no part of what it is.
+            said = {name: option for name, option in options.items() if name != "device"}
             self.__dict__["built_by"] = plain(partial(type(self), *args, **said))
         init(self, *args, **options)
 
@@ -157,7 +157,7 @@ def _names(config: Any) -> list[str]:
 
 
 def _setting(module: nn.Module) -> tuple[type, str, bool]:
-    kind = nn.SyncBatchNorm if type(module) in BATCH_NORMS else type(module)
+    kind = nn.SyncBatchNorm if type(module) in batch_norm else type(module)
     return kind, module.extra_repr(), isinstance(module, Residual) and module.skip
 
 
@@ -207,14 +207,15 @@ def _value(config: Any, trust: tuple[str, ...]) -> Any:
 
 def _trusted(full_name: str, trust: tuple[str, ...]) -> Any:
     module, _, name = full_name.partition(":")
-    if module in (*MODULES, *trust) or module.startswith("torch.nn.modules.") or module == "torch":
+    builders = (*MODULES, *trust)
+    if module in builders or module.startswith("torch.nn.modules.") or module == "torch":
         try:
             found = _find(module, name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"config must hold names that can be imported, got {full_name!r} ({error})") from error
         own = getattr(found, "__module__", None) == module
-        builds = own and (module in (*MODULES, *trust) or (isinstance(found, type) and issubclass(found, nn.Module)))
-        if builds or isinstance(found, torch.dtype):
+        is_layer = isinstance(found, type) and issubclass(found, nn.Module)
+        if isinstance(found, torch.dtype) or (own and (module in builders or is_layer)):
             return found
     raise ValueError(
         f"config must hold names of resblocks or torch.nn, or of modules given in trust, got {full_name!r}; "

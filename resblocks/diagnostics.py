@@ -17,12 +17,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map_only
 
-from resblocks.checks import check_input_size
+from resblocks.checks import check_input_size, explained
 from resblocks.lesions import Lesion as Lesion
 from resblocks.lesions import LesionStudy as LesionStudy
 from resblocks.lesions import lesion_curve as lesion_curve
 from resblocks.lesions import lesion_study as lesion_study
-from resblocks.options import explained
 from resblocks.residual import Residual, plain_name, residuals, some_residuals
 from resblocks.undisturbed import INTERNAL, attributes_restored, eager, hooked, restored, unwrapped
 

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from resblocks.blocks import DenseBlock, Transition
-from resblocks.checks import check_input_size, check_positive
+from resblocks.checks import check_input_size, check_positive, explained
 from resblocks.dense_plan import dense_branch, pool_commutes, window
 from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, FusedStage
 from resblocks.joins import DropPath, ZeroInit
 from resblocks.layers import FrozenBatchNorm, avg_pool, batch_norm, convolution, running_affine, weight_standardised
-from resblocks.options import explained
 from resblocks.residual import PASSES_ON, Add, Residual, keeps_forward
 from resblocks.undisturbed import hooked
 from resblocks.watched import is_watched
@@ -79,8 +78,7 @@ def fuse(
         replace_norms(fused)
     if dtype is not None:
         fused = fused.to(dtype)
-    for parameter in fused.parameters():
-        parameter.requires_grad_(False)
+    fused.requires_grad_(False)
     last = channels_last and any(parameter.dim() == 4 for parameter in fused.parameters())
     if last:
         for parameter in (parameter for parameter in fused.parameters() if parameter.dim() == 4):

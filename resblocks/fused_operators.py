@@ -216,7 +216,7 @@ def _seconds(step: Callable[[], object]) -> float:
 @cache
 def has_onednn(dtype: torch.dtype) -> bool:
     """Whether torch's fused oneDNN operator runs here and is right."""
-    return _is_right(torch.device("cpu"), dtype, lambda x, weight, *rest: _onednn(x, weight, *rest))
+    return _is_right(torch.device("cpu"), dtype, _onednn)
 
 
 @cache

@@ -109,20 +109,3 @@ def _children_first(module: nn.Module, within: Callable[[nn.Module], bool] = lam
         for child in module.children():
             yield from _children_first(child, within)
         yield module
-
-
-def branch_weights(branch: nn.Module, kinds: tuple[str, ...]) -> list[nn.Parameter]:
-    """The weights of the direct children of a branch whose names start with one of the kinds, in order.
-
-    Raises:
-        ValueError: there are none.
-    """
-    names = [name for name, layer in branch.named_children() if name.startswith(kinds)]
-    weights = [getattr(branch.get_submodule(name), "weight", None) for name in names]
-    found = [weight for weight in weights if isinstance(weight, nn.Parameter)]
-    if not found:
-        raise ValueError(
-            f"scale needs a branch with weights in its {' or '.join(kinds)} layers that are parameters, not computed "
-            f"by a parametrization or pruning, got {names}"
-        )
-    return found

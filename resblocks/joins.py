@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import dropwhile
+
 import torch
 from torch import Tensor, nn
 
 from resblocks.checks import check_dims, check_probability
-from resblocks.init import branch_weights
 from resblocks.layers import FrozenBatchNorm, WeightStandardised, by_dims, convolution, over_positions
 from resblocks.residual import fitting
 
@@ -60,23 +61,34 @@ class ZeroInit(nn.Identity):
         Raises:
             ValueError: it is that of a convolution, and a norm without weight reads it.
         """
-        last = branch_weights(branch, ("conv", "norm"))[-1]
-        if any(last is getattr(layer, "weight", None) for name, layer in named_convs(branch)):
-            check_no_norm_behind(branch, "ZeroInit")
+        *_, (name, last) = branch_weights(branch, ("conv", "norm")).items()
+        if name.startswith("conv"):
+            check_no_norm_behind(branch, name, "ZeroInit")
         nn.init.zeros_(last)
 
 
-def named_convs(branch: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The convolutions of a branch, known by their names."""
-    return [(name, layer) for name, layer in branch.named_children() if name.startswith("conv")]
+def branch_weights(branch: nn.Module, kinds: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """The weights of the direct children of a branch whose names start with one of the kinds, by name, in order.
+
+    Raises:
+        ValueError: there are none.
+    """
+    weights = {
+        name: getattr(layer, "weight", None) for name, layer in branch.named_children() if name.startswith(kinds)
+    }
+    found = {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
+    if not found:
+        raise ValueError(
+            f"scale needs a branch with weights in its {' or '.join(kinds)} layers that are parameters, not computed "
+            f"by a parametrization or pruning, got {list(weights)}"
+        )
+    return found
 
 
-def check_no_norm_behind(branch: nn.Module, scale: str) -> None:
-    """Raise where a norm that measures its input reads the last convolution: one step undoes a zero there."""
-    names = [name for name, _ in branch.named_children()]
-    *_, (last, _) = named_convs(branch)
-    for norm in (branch.get_submodule(name) for name in names[names.index(last) :] if name.startswith("norm")):
-        if not isinstance(norm, (nn.Identity, FrozenBatchNorm)):
+def check_no_norm_behind(branch: nn.Module, conv: str, scale: str) -> None:
+    """Raise where a norm that measures its input reads the convolution of that name: one step undoes a zero there."""
+    for name, norm in dropwhile(lambda child: child[0] != conv, branch.named_children()):
+        if name.startswith("norm") and not isinstance(norm, (nn.Identity, FrozenBatchNorm)):
             raise ValueError(
                 f"scale {scale} starts the last convolution at zero, which needs no norm behind it (norm=None), "
                 f"got {norm}"
@@ -161,11 +173,11 @@ class Fixup(nn.Module):
         """
         if any(isinstance(layer, WeightStandardised) for layer in branch.children()):
             raise ValueError(f"scale Fixup needs convolutions that keep the size of their weights, got {branch}")
-        *others, last = branch_weights(branch, ("conv",))
-        check_no_norm_behind(branch, "Fixup")
+        *others, (name, last) = branch_weights(branch, ("conv",)).items()
+        check_no_norm_behind(branch, name, "Fixup")
         nn.init.zeros_(last)
         with torch.no_grad():
-            for weight in others:
+            for _, weight in others:
                 weight.mul_(self.num_blocks ** (-1 / (2 * len(others))))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from resblocks.checks import check_dims, check_positive
-from resblocks.recompute import BATCH_NORMS, INSTANCE_NORMS
 from resblocks.watched import is_watched
 
 # einops looks at the tensor it is given, which torch.fx cannot trace: its calls stay whole in the graph.
@@ -21,12 +20,13 @@ torch.fx.wrap("reduce")
 
 Layer = Callable[..., nn.Module]
 Family = tuple[Layer, Layer, Layer]  # one layer each for 1D, 2D and 3D data
+Classes = tuple[type[Any], type[Any], type[Any]]  # a family of classes, which isinstance takes too
 
-convolution: Family = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-batch_norm: Family = BATCH_NORMS
-instance_norm: Family = INSTANCE_NORMS
-max_pool: Family = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-avg_pool: Family = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+convolution: Classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+batch_norm: Classes = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+instance_norm: Classes = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+max_pool: Classes = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+avg_pool: Classes = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
 def by_dims(layer: Layer) -> Family:
@@ -109,7 +109,7 @@ class WSConv3d(WeightStandardised, nn.Conv3d):
     """Weight-standardised 3D convolution; `eps` is added to the variance, the rest is `nn.Conv3d`'s."""
 
 
-weight_standardised: Family = (WSConv1d, WSConv2d, WSConv3d)
+weight_standardised: Classes = (WSConv1d, WSConv2d, WSConv3d)
 
 
 # --- normalisation

@@ -237,9 +237,8 @@ class ResNet(Network):
         stages, stage_channels, channels = [], [], stem_width
         for depth, width, plan in zip(depths, widths, plans, strict=True):
             stage = nn.Sequential()
-            for stride, first_dilation in [(plan.stride, plan.first_dilation)] + [(1, plan.dilation)] * (depth - 1):
-                dilations = {"dilation": plan.dilation, "first_dilation": first_dilation}
-                asked = asked_options(options, skip=skip, drop_path=next(drops), **dilations)
+            for stride, first in [(plan.stride, plan.first_dilation)] + [(1, plan.dilation)] * (depth - 1):
+                asked = asked_options(options, skip, next(drops), dilation=plan.dilation, first_dilation=first)
                 stage.append(make_block(block, channels, width, stride, asked))
                 channels = cast(int, stage[-1].out_channels)
             stages.append(stage)
@@ -404,33 +403,38 @@ def plan_stages(strides: Sequence[int], stem_stride: int, output_stride: int | N
 
 
 def make_block(block: Block, in_channels: int, width: int, stride: int, options: dict[str, object]) -> nn.Module:
-    """Build one block by the protocol, refusing the options that it does not take.
-
-    But for `dims`, which says what stem and head are made for: who writes a block for 1D or 3D data knows it.
-    """
+    """Build one block by the protocol, and raise where it does not keep it."""
     if isinstance(block, nn.Module) or not callable(block):
         raise ValueError(f"block must be a class or callable that makes blocks, got {block!r}")
     name = getattr(inside(block), "__name__", repr(block))
-    parameters = inspect.signature(block).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    takes_two = "first_dilation" in parameters or (takes_any and "dilation" not in parameters)
-    if "first_dilation" in options and not takes_two:
-        options = with_one_dilation(options)
-    if not takes_any:
-        options = {option: value for option, value in options.items() if option in parameters or option != "dims"}
-        for option in options:
-            if option not in parameters:
-                hint = "; for the stem alone, give the net a stem of your own" if option in LAYER_OPTIONS else ""
-                raise ValueError(
-                    f"block {name} takes no option {option!r}, got {option}={options[option]!r}: a net hands its "
-                    f"options to its blocks, so give the block that keyword{hint}"
-                )
-    made = block(in_channels, width, stride, **options)
+    made = block(in_channels, width, stride, **taken_options(block, name, options))
     if getattr(made, "preactivated", False) != getattr(inside(block), "preactivated", False):
         raise ValueError(f"block {name} must have the attribute preactivated of what it makes, {type(made).__name__}")
     if not isinstance(getattr(made, "out_channels", None), int):
         raise ValueError(f"block {name} must have an attribute out_channels, the channels that really come out")
     return made
+
+
+def taken_options(block: Block, name: str, options: dict[str, object]) -> dict[str, object]:
+    """The options as the block takes them; an error for one that it does not take.
+
+    But for `dims`, which says what stem and head are made for: who writes a block for 1D or 3D data knows it.
+    """
+    parameters = inspect.signature(block).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes_two = "first_dilation" in parameters or (takes_any and "dilation" not in parameters)
+    if "first_dilation" in options and not takes_two:
+        options = with_one_dilation(options)
+    if takes_any:
+        return options
+    for option, value in options.items():
+        if option not in (*parameters, "dims"):
+            hint = "; for the stem alone, give the net a stem of your own" if option in LAYER_OPTIONS else ""
+            raise ValueError(
+                f"block {name} takes no option {option!r}, got {option}={value!r}: a net hands its "
+                f"options to its blocks, so give the block that keyword{hint}"
+            )
+    return {option: value for option, value in options.items() if option in parameters}
 
 
 def with_one_dilation(options: dict[str, object]) -> dict[str, object]:
@@ -440,7 +444,7 @@ def with_one_dilation(options: dict[str, object]) -> dict[str, object]:
 
 
 def asked_options(
-    options: NetOptions, *, skip: bool, dilation: int, first_dilation: int, drop_path: float
+    options: NetOptions, skip: bool, drop_path: float, *, dilation: int, first_dilation: int
 ) -> dict[str, object]:
     """The options of one block, without those that say nothing, so that a block need not know them."""
     asked: dict[str, object] = dict(options)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from typing_extensions import TypedDict
 
@@ -31,9 +29,7 @@ from resblocks.layers import (
 )
 from resblocks.residual import Checkpoint
 
-POOLS = cast(tuple[type, ...], (*avg_pool, *max_pool))
-
-
+POOLS = (*avg_pool, *max_pool)
 SHORTCUTS = ("A", "B", "C", "D", "identity")
 
 
@@ -171,9 +167,8 @@ class Layers:
         *,
         dilation: int = 1,
         groups: int = 1,
-        bias: bool | None = None,
     ) -> nn.Module:
-        """Convolution that keeps the size at stride 1; biased only where the recipe has no norm, or as `bias` says."""
+        """Convolution that keeps the size at stride 1; biased only where the recipe has no norm."""
         check_positive(
             in_channels=in_channels, out_channels=out_channels, stride=stride, dilation=dilation, groups=groups
         )
@@ -194,7 +189,7 @@ class Layers:
             padding=dilation * (kernel_size // 2),
             dilation=dilation,
             groups=groups,
-            bias=not self.has_norm if bias is None else bias,
+            bias=not self.has_norm,
         )
         if isinstance(conv, WeightStandardised) and not self.has_norm:
             raise ValueError(f"conv must have a norm behind it where it standardises its weights, got {conv}")
@@ -364,23 +359,6 @@ def refuse_unknown(options: Iterable[str], known: Iterable[str], taker: str = ""
         raise TypeError(f"{fault}{hint}; the options are {', '.join(names)}")
 
 
-@contextmanager
-def explained(net: nn.Module, input_size: Sequence[int]) -> Iterator[None]:
-    """Say of an error in the net's forward which input size it was given, and what the net reads first."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        reads = next(
-            (f"; its first convolution is {layer}" for layer in net.modules() if isinstance(layer, _ConvNd)), ""
-        )
-        raise ValueError(
-            f"input_size must be one sample that the net takes, without the batch dimension, got {tuple(input_size)}"
-            f"{reads} ({type(error).__name__}: {error})"
-        ) from error
-
-
 def _rng_rewind(device: torch.device) -> Callable[[], None]:
     """What sets the random generators back to where they stand now: the CPU's and the device's."""
     on_cpu = torch.get_rng_state()
@@ -400,6 +378,6 @@ def _rng_rewind(device: torch.device) -> Callable[[], None]:
 def _check_dims(module: nn.Module, dims: int, option: str) -> None:
     made_for = getattr(module, "dims", dims)
     for family in (convolution, batch_norm, instance_norm, max_pool, avg_pool):
-        made_for = next((n for n, kind in enumerate(family, 1) if isinstance(module, cast(type, kind))), made_for)
+        made_for = next((n for n, kind in enumerate(family, 1) if isinstance(module, kind)), made_for)
     if made_for != dims:
         raise ValueError(f"{option} must fit dims={dims}, got {type(module).__name__}, which is for dims={made_for}")

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from resblocks.recompute import BATCH_NORMS, INSTANCE_NORMS, AsThen
+from resblocks.layers import batch_norm, instance_norm
+from resblocks.recompute import AsThen
 from resblocks.watched import is_watched
 
-NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm)
+NORMS = (*batch_norm, *instance_norm, nn.GroupNorm, nn.LayerNorm)
 # One operator each, which draws nothing.
 ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU),

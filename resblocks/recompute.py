@@ -14,11 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from resblocks.layers import batch_norm, instance_norm
 from resblocks.watched import is_recorded
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -92,7 +89,7 @@ def put(states: Iterable[tuple[nn.Module, dict[str, Any]]]) -> None:
 
 def writes_only(module: nn.Module) -> bool:
     """Whether the module does not read in training what it counts: torch's own norms take the batch's statistics."""
-    return type(module) in (*BATCH_NORMS, *INSTANCE_NORMS)
+    return type(module) in (*batch_norm, *instance_norm)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:

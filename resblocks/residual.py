@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from resblocks.chain import activate, ends_fresh, is_silent, run_layers
 from resblocks.init import init_weights
-from resblocks.rebuild import Rebuild, has_pair, start_rebuild
+from resblocks.rebuild import has_pair, start_rebuild
 from resblocks.recompute import recompute
 from resblocks.undisturbed import unwrapped
 from resblocks.watched import is_traced, is_watched
@@ -107,22 +107,13 @@ class Residual(nn.Module):
         skip: bool = True,
     ) -> None:
         super().__init__()
-        check_parts(branch, shortcut=shortcut, preact=preact, merge=merge, act=act, scale=scale, drop_path=drop_path)
         check_checkpoint(checkpoint)
         check_skip(skip)
-        for name, part in {"shortcut": shortcut, "scale": scale, "drop_path": drop_path, "merge": merge}.items():
+        at_the_merge = {"shortcut": shortcut, "scale": scale, "drop_path": drop_path, "merge": merge}
+        check_parts({"branch": branch, "preact": preact, "act": act, **at_the_merge})
+        for name, part in at_the_merge.items():
             if part is not None and not skip:
                 raise ValueError(f"{name} must be None with skip=False, which leaves nothing to merge, got {part}")
-        for name, part in {
-            "preact": preact,
-            "branch": branch,
-            "shortcut": shortcut,
-            "scale": scale,
-            "act": act,
-        }.items():
-            layer = None if part is None else writes_over_input(part)
-            if layer is not None:
-                raise ValueError(f"{name} must not begin in place, as others or hooks read its input, got {layer}")
         self.preact = identity_if_none(preact)
         self.branch = branch
         self.shortcut = identity_if_none(shortcut) if skip else None
@@ -160,18 +151,14 @@ class Residual(nn.Module):
         self._skip = on
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.checkpoint or not torch.is_grad_enabled():
+        if self.checkpoint in (False, "norms") or not torch.is_grad_enabled():
             return self.run(x)
-        if self.checkpoint != "norms":
-            return recompute(self, self.run, x)
-        if is_traced(x):
-            return self.run(x)
-        return self.run(x, start_rebuild())
+        return recompute(self, self.run, x)
 
-    def run(self, x: Tensor, rebuild: Rebuild | None = None) -> Tensor:
-        """The block itself, whatever is kept of its activations."""
+    def run(self, x: Tensor) -> Tensor:
+        """The block itself, once."""
         if not is_traced(x):
-            return self._run_unseen(x, rebuild)
+            return self._run_unseen(x)
         h = self.preact(x)
         y = self.branch(h)
         if self._skip:
@@ -180,8 +167,9 @@ class Residual(nn.Module):
         out: Tensor = self.act(y)
         return out
 
-    def _run_unseen(self, x: Tensor, rebuild: Rebuild | None) -> Tensor:
+    def _run_unseen(self, x: Tensor) -> Tensor:
         """The same sentence, where only hooks of the parts can look on: what nobody sees is written over."""
+        rebuild = start_rebuild() if self.checkpoint == "norms" and torch.is_grad_enabled() else None
         parts: Any = self._modules  # a module's attributes are slow to find
         branch = parts["branch"]
         h = run_layers(parts["preact"], x, rebuild)
@@ -210,9 +198,8 @@ class Residual(nn.Module):
 
 
 # What returns its input itself in evaluation.
-PASSES_ON = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+PASSES_ON = (nn.Identity, *DROPOUTS)
 VIEWS = (nn.Flatten, nn.Unflatten)
 
 
@@ -253,11 +240,15 @@ def identity_if_none(module: nn.Module | None) -> nn.Module:
     return nn.Identity() if module is None else module
 
 
-def check_parts(branch: object, **others: object) -> None:
-    """Raise unless the parts of a block are modules, or None for those that may be absent."""
-    for name, part in {"branch": branch, **others}.items():
-        if not (isinstance(part, nn.Module) or (part is None and name != "branch")):
+def check_parts(parts: dict[str, nn.Module | None]) -> None:
+    """Raise unless the parts are modules that do not begin in place, or, all but the branch, None."""
+    for name, part in parts.items():
+        if part is None and name != "branch":
+            continue
+        if not isinstance(part, nn.Module):
             raise ValueError(f"{name} must be a torch.nn.Module{'' if name == 'branch' else ' or None'}, got {part!r}")
+        if name not in ("drop_path", "merge") and (layer := writes_over_input(part)) is not None:
+            raise ValueError(f"{name} must not begin in place, as others or hooks read its input, got {layer}")
 
 
 def check_checkpoint(checkpoint: object) -> None:

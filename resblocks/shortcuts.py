@@ -40,17 +40,6 @@ class ZeroPad(nn.Module):
         return f"new_channels={self.new_channels}, stride={self.stride}"
 
 
-def projection(
-    make: BlockLayers, pool: nn.Module | None, in_channels: int, out_channels: int, stride: int, normed: bool
-) -> nn.Module:
-    """1x1 convolution and norm (He et al. 2015, options B and C), behind a pool if that is what strides."""
-    return named(
-        pool=pool,
-        conv=make.conv(in_channels, out_channels, 1, stride if pool is None else 1),
-        norm=make.norm(out_channels) if normed else None,
-    )
-
-
 def make_shortcut(
     make: BlockLayers, in_channels: int, out_channels: int, stride: int, *, normed: bool = True
 ) -> nn.Module:
@@ -69,18 +58,21 @@ def make_shortcut(
     same = make.keeps_shape(in_channels, out_channels, stride)
     if callable(kind):
         shortcut = make.build(kind, in_channels, out_channels, stride, option="shortcut")
-    elif kind == "C" or (kind == "B" and not same):
-        pool = make.pool(in_channels, stride)
-        shortcut = projection(make, pool, in_channels, out_channels, stride, normed)
-    elif kind == "D" and not same:  # no position is lost (He et al. 2019, ResNet-D, fig. 2c)
-        pool = make.pool(in_channels, stride, average_downsample)
-        shortcut = projection(make, pool, in_channels, out_channels, stride, normed)
-    elif kind == "A" and not same:
-        pool = make.pool(in_channels, stride)
-        pad = ZeroPad(in_channels, out_channels, stride if pool is None else 1)
-        shortcut = pad if pool is None else named(pool=pool, pad=pad)
-    else:
+    elif kind == "identity" or (same and kind != "C"):
         shortcut = nn.Identity()
+    else:
+        # D pools whatever `downsample` says, so that no position is lost (He et al. 2019, ResNet-D, fig. 2c).
+        pool = make.pool(in_channels, stride, average_downsample if kind == "D" else None)
+        stride_left = stride if pool is None else 1
+        if kind == "A":
+            pad = ZeroPad(in_channels, out_channels, stride_left)
+            shortcut = pad if pool is None else named(pool=pool, pad=pad)
+        else:
+            shortcut = named(
+                pool=pool,
+                conv=make.conv(in_channels, out_channels, 1, stride_left),
+                norm=make.norm(out_channels) if normed else None,
+            )
     if isinstance(shortcut, nn.Identity) and (stride > 1 or in_channels != out_channels):
         raise ValueError(
             f"shortcut cannot be an identity where the shape changes, got in_channels={in_channels}, "

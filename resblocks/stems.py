@@ -36,7 +36,7 @@ def make_stem(
         return module, total_stride(module)
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(STEMS)} or a callable, got {stem!r}")
-    last = {"norm": make.norm(width) if activated else None, "act": make.activation() if activated else None}
+    last = {"norm": make.norm(width), "act": make.activation()} if activated else {}
     if stem == "cifar":
         return named(conv=make.conv(in_channels, width, 3), **last), 1
     if pool is None:

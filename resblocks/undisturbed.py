@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.sw
 
 
 @contextmanager
-def hooked(handles: Sequence[RemovableHandle] | Iterator[RemovableHandle]) -> Iterator[None]:
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Keep hooks for a while; all of them are removed on every way out, an error while registering included."""
     with ExitStack() as stack:
         for handle in handles:

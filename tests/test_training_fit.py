@@ -414,9 +414,9 @@ def test_meter_remembers_the_first_bad_step() -> None:
     for step, loss in enumerate([1.0, float("nan"), 2.0, float("inf")]):
         meter.step.fill_(step)
         meter.note(torch.tensor(1.0), torch.tensor(loss))
-    assert meter.peek()[3] == 1
+    assert meter.peek().first_bad == 1
     meter.reset()
-    assert meter.read()[3] == 1
+    assert meter.read().first_bad == 1
 
 
 class _Overflow(nn.Module):

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from resblocks.training import Dataset, FolderLock, Ranks, Recipe, fit
+from resblocks.training import Dataset, Ranks, Recipe, fit
+from resblocks.training.loop import Loop
 
 # Workers are forked from a server that has imported torch but never used it: quick, and safe for autograd and OpenMP.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -32,8 +33,6 @@ _LAZY = [
     "torch.nn.parallel.distributed",
 ]  # torch imports these late
 CONTEXT.set_forkserver_preload(["resblocks.training", "resblocks.diagnostics", *_LAZY])
-
-__all__ = ["FolderLock", "Recipe"]  # for the tests
 
 RECIPE = Recipe(name="tiny", epochs=2, batch_size=16, lr=0.05, crop=1, cutout=2)
 STEPS = 10  # two epochs of five
@@ -95,18 +94,21 @@ def no_fault() -> None:
     pass
 
 
-def kill_at_step(step: int) -> None:
-    """kill -9 by the process itself, in the middle of the step that is counted as `step`."""
-    from resblocks.training.loop import Loop
-
+def at_step(step: int, fault: Callable[[Loop], object]) -> None:
+    """Let a fault happen before the batch of the step that is counted as `step`."""
     original = Loop.batch
 
     def batch(self: Loop, at: int) -> Any:
         if at == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            fault(self)
         return original(self, at)
 
     Loop.batch = batch  # type: ignore[method-assign]
+
+
+def kill_at_step(step: int) -> None:
+    """kill -9 by the process itself."""
+    at_step(step, lambda loop: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def kill_in_write(call: int, moment: str) -> None:
@@ -139,23 +141,12 @@ def full_disk(limit: int) -> None:
 
 def signal_at_step(number: int, step: int) -> None:
     """A real signal to this process while it computes `step`."""
-    from resblocks.training.loop import Loop
-
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background of a shell have not
-    original = Loop.batch
-
-    def batch(self: Loop, at: int) -> Any:
-        if at == step:
-            os.kill(os.getpid(), number)
-        return original(self, at)
-
-    Loop.batch = batch  # type: ignore[method-assign]
+    at_step(step, lambda loop: os.kill(os.getpid(), number))
 
 
 def signal_in_evaluation(number: int, epoch: int) -> None:
     """A real signal while the net is evaluated after `epoch`."""
-    from resblocks.training.loop import Loop
-
     original, calls = Loop.evaluate, 0
 
     def evaluate(self: Loop, *rest: Any, **options: Any) -> Any:
@@ -188,8 +179,6 @@ def signal_on_rank(rank: int, number: int, step: int) -> None:
 
 def nan_on_rank(rank: int, step: int) -> None:
     """The labels of one rank's batch stay, its images become NaN."""
-    from resblocks.training.loop import Loop
-
     original = Loop.batch
 
     def batch(self: Loop, at: int) -> Any:
@@ -201,22 +190,11 @@ def nan_on_rank(rank: int, step: int) -> None:
 
 def infinite_gradient(step: int) -> None:
     """A finite loss, and a gradient that is not, from `step` on."""
-    from resblocks.training.loop import Loop
-
-    original = Loop.batch
-
-    def batch(self: Loop, at: int) -> Any:
-        if at == step:
-            next(self.net.parameters()).register_hook(lambda gradient: gradient * float("inf"))
-        return original(self, at)
-
-    Loop.batch = batch  # type: ignore[method-assign]
+    at_step(step, lambda loop: next(loop.net.parameters()).register_hook(lambda gradient: gradient * float("inf")))
 
 
 def bad_statistics_on_rank(rank: int) -> None:
     """The buffers of one rank only are not finite."""
-    from resblocks.training.loop import Loop
-
     Loop.finite = lambda self: self.ranks.rank != rank  # type: ignore[method-assign]
 
 
@@ -256,16 +234,7 @@ def kill_before_the_line_of_an_epoch(epoch: int) -> None:
 
 def sleep_on_rank(rank: int, step: int, seconds: float) -> None:
     """One rank hangs."""
-    from resblocks.training.loop import Loop
-
-    original = Loop.batch
-
-    def batch(self: Loop, at: int) -> Any:
-        if at == step and self.ranks.rank == rank:
-            time.sleep(seconds)
-        return original(self, at)
-
-    Loop.batch = batch  # type: ignore[method-assign]
+    at_step(step, lambda loop: time.sleep(seconds if loop.ranks.rank == rank else 0))
 
 
 def record_rows(folder: str) -> None:

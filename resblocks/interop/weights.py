@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resblocks.fused import FusedConv
+from resblocks.interop.names import TIMM, TORCHVISION
 from resblocks.interop.words import (
     VOCABULARIES,
     Table,
@@ -219,8 +220,6 @@ def pretrained(
         ModuleNotFoundError: the source is not installed.
         ConnectionError: the weights could not be fetched.
     """
-    from resblocks.interop.names import TIMM, TORCHVISION
-
     tables = {"torchvision": TORCHVISION, "timm": TIMM}
     if source not in tables:
         raise ValueError(f"source must be torchvision or timm, got {source!r}")

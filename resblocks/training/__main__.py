@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from resblocks.training.data import DATASETS, load_dataset
-from resblocks.training.device import COMPILE_MODES
+from resblocks.training.device import COMPILE_MODES, PRECISIONS
 from resblocks.training.experiment import run_experiment
-from resblocks.training.fit import fit
 from resblocks.training.program import run_as_program
 from resblocks.training.ranks import Ranks
-from resblocks.training.recipe import RECIPES, Recipe, get_recipe
+from resblocks.training.recipe import RECIPES, SCHEDULES, Recipe, get_recipe
 
 
 @dataclass
@@ -75,9 +73,14 @@ HELP = {
 CHOICES = {
     "dataset": list(DATASETS),
     "recipe": ["auto", *RECIPES],
-    "precision": ["auto", "float32", "bfloat16"],
+    "precision": ["auto", *PRECISIONS],
     "compile_mode": list(COMPILE_MODES),
+    "schedule": list(SCHEDULES),
+    "padding": ["reflect", "zeros"],
+    "tta": ["none", "flip"],
 }
+# What `main` itself uses; the other fields are arguments of `fit`, which raises at one that it does not know.
+OWN = ("models", "dataset", "data_dir", "validation", "recipe", "out", "timeout_seconds", "svg")
 RECIPE_HELP = {
     "epochs": "passes over the training images",
     "batch_size": "images a step, over all processes",
@@ -121,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     types = typing.get_type_hints(Recipe)
     for entry in fields(Recipe):
         if entry.name != "name":
-            _add(group, entry.name, types[entry.name], None, RECIPE_HELP[entry.name], None)
+            _add(group, entry.name, types[entry.name], None, RECIPE_HELP[entry.name], CHOICES.get(entry.name))
     return parser
 
 
@@ -139,12 +142,10 @@ def _add(parser: Any, name: str, kind: Any, default: Any, help: str, choices: Se
 
 
 def _summary(recipe: Recipe) -> str:
-    schedule = f"{recipe.schedule} {recipe.milestones} x{recipe.gamma}" if recipe.milestones else recipe.schedule
-    return (
-        f"{recipe.epochs} epochs of batch {recipe.batch_size}, lr {recipe.lr} {schedule}, "
-        f"weight decay {recipe.weight_decay}, crop {recipe.crop} {recipe.padding}, "
-        f"flip {'on' if recipe.flip else 'off'}, cutout {recipe.cutout}"
-    )
+    """What everyone asks first, and what else differs from the defaults of `Recipe`."""
+    usual, first = Recipe(name=recipe.name).as_dict(), ("epochs", "batch_size", "lr", "schedule")
+    values = recipe.as_dict().items()
+    return ", ".join(f"{name} {value}" for name, value in values if name in first or value != usual[name])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -157,8 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = ranks.first_then_all(lambda: load_dataset(config.dataset, config.data_dir))
     if config.validation:
         dataset = dataset.with_validation(config.validation)  # the same images for every seed
-    of_fit = inspect.signature(fit).parameters.keys() - {"dataset", "recipe", "out"}
-    options = {name: value for name, value in vars(config).items() if name in of_fit}
+    options = {name: value for name, value in vars(config).items() if name not in OWN}  # those of `fit`
     formats = ("png", "svg") if config.svg else ("png",)
     run_experiment(config.models, dataset, recipe, out=config.out, formats=formats, ranks=ranks, **options)
     ranks.close()

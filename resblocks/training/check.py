@@ -8,7 +8,6 @@ from torch.nn.parameter import is_lazy
 
 from resblocks.undisturbed import restored
 
-from .augment import normalise, resize
 from .data import Dataset
 from .device import is_out_of_memory
 from .loop import Loop
@@ -39,13 +38,13 @@ def check_net(loop: Loop, dataset: Dataset) -> None:
         ValueError: it does not take the images, or does not put out one logit for each class.
     """
     gpus = [loop.device] if loop.device.type == "cuda" else []
-    images = normalise(loop.images[:1], loop.mean, loop.std).contiguous(memory_format=loop.memory_format)
     with torch.random.fork_rng(gpus), torch.no_grad(), restored(loop.net), loop.autocast():
         loop.net.eval()
-        check_logits(loop, images, len(dataset.classes), f"of shape {dataset.shape} (C, H, W)")
+        check_logits(
+            loop, loop.normalised(loop.images[:1]), len(dataset.classes), f"of shape {dataset.shape} (C, H, W)"
+        )
         loop.net.train()
-        batch = normalise(loop.images[: loop.local_batch], loop.mean, loop.std)
-        batch = resize(batch, loop.recipe.scale_at(0, loop.total_steps)).contiguous(memory_format=loop.memory_format)
+        batch = loop.normalised(loop.images[: loop.local_batch], loop.recipe.scale_at(0, loop.total_steps))
         settings = f"start_scale={loop.recipe.start_scale}, {loop.local_batch} images a process and step"
         said = f"of shape {tuple(batch.shape[1:])} in training ({settings})"
         check_logits(loop, batch, len(dataset.classes), said)

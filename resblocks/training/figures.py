@@ -57,11 +57,10 @@ def draw_figures(results: Sequence[Result], folder: str | Path, formats: Sequenc
     for seeds in _by_name(results):
         if len(lengths := {len(run.epochs) for run in seeds}) > 1:
             raise ValueError(f"results of one name must have the same epochs, {seeds[0].name} has {sorted(lengths)}")
-    require("matplotlib").use("Agg")
     some = [result for result in results if not result.name.endswith("_noskip")] or results
     split = results[0].settings["dataset"]["split"]
     part = "test set" if split == "test" else f"{split} set"
-    with require("matplotlib.pyplot").rc_context(_STYLE):
+    with require("matplotlib").rc_context(_STYLE):
         figures = {
             "figure1_training": _curves(some, "train", "training set"),
             "figure2_validation": _curves(some, "eval", part),
@@ -87,8 +86,7 @@ def draw_depths(results: Sequence[Result], folder: str | Path, formats: Sequence
         ValueError: no results, or some without a finished epoch.
     """
     _check_finished(results, "draw_depths")
-    require("matplotlib").use("Agg")
-    with require("matplotlib.pyplot").rc_context(_STYLE):
+    with require("matplotlib").rc_context(_STYLE):
         figure, panels = _panels(sharey=True)
         split = results[0].settings["dataset"]["split"]
         for axes, part, where in zip(panels, ("train", "eval"), ("training set", f"{split} set"), strict=True):
@@ -179,8 +177,9 @@ def _line(axes: Any, x: Sequence[int], seeds: Sequence[Sequence[float]], look: d
 
 
 def _panels(**options: Any) -> tuple[Any, Any]:
-    figure, axes = require("matplotlib.pyplot").subplots(1, 2, figsize=(7.2, 3.0), layout="constrained", **options)
-    return figure, axes
+    """Without pyplot, so that the caller's back end and open figures stay as they are."""
+    figure = require("matplotlib.figure").Figure(figsize=(7.2, 3.0), layout="constrained")
+    return figure, figure.subplots(1, 2, **options)
 
 
 def _look(result: Result, index: int, points: int) -> dict[str, Any]:
@@ -211,5 +210,4 @@ def _save(figure: Any, path: Path, formats: Sequence[str]) -> list[Path]:
         target = path.with_suffix(f".{kind}")
         write_atomic(target, buffer.getvalue())
         written.append(target)
-    require("matplotlib.pyplot").close(figure)
     return written

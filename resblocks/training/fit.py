@@ -208,7 +208,7 @@ class _Run:
         started = time.monotonic()
         self.loop.train_step(self.step)
         self.step += 1
-        *_, bad = self.loop.meter.peek()
+        bad = self.loop.meter.peek().first_bad
         due = time.monotonic() - self.saved_at > self.checkpoint_seconds and self.ranks.is_first
         stop, diverged, due_now = self.ranks.max(self.signals.number, math.isfinite(bad), due)
         self.seconds += time.monotonic() - started
@@ -224,9 +224,9 @@ class _Run:
 
     def finish_epoch(self) -> None:
         loop, started = self.loop, time.monotonic()
-        loss, correct, images, bad = self.total()  # waits for the device
+        loss, correct, images = loop.sums().tolist()  # waits for the device
         self.seconds += time.monotonic() - started
-        if math.isfinite(bad):
+        if math.isfinite(loop.meter.read().first_bad):
             self.diverge()
         record = {
             "epoch": len(self.result.epochs) + 1,
@@ -270,12 +270,6 @@ class _Run:
         taken: float = sum(epoch["seconds"] + epoch["eval_seconds"] for epoch in epochs)
         return taken / len(epochs) * (self.loop.recipe.epochs - len(epochs))
 
-    def total(self) -> tuple[float, float, float, float]:
-        """The epoch's sums over all ranks."""
-        sums = self.ranks.sum_(self.loop.meter.values[:3].clone())
-        loss, correct, images = sums.tolist()
-        return loss, correct, images, self.loop.meter.read()[3]
-
     def record_gradients(self) -> None:
         gradients = self.loop.gradient_layers()
         self.result.gradients.append({"epoch": len(self.result.epochs), "layers": gradients})
@@ -283,8 +277,7 @@ class _Run:
     def save(self) -> None:
         """Checkpoint, unless the weights are no good: what is on the disk then is better."""
         state = self.loop.state()
-        bad = self.loop.meter.read()[3]
-        if math.isfinite(bad):
+        if math.isfinite(self.loop.meter.read().first_bad):
             self.diverge()
         (broken,) = self.ranks.max(int(not self.loop.finite()))  # statistics of batch norm differ by rank
         if broken:
@@ -349,7 +342,7 @@ class _Run:
         raise Interrupted(128 + number)
 
     def diverge(self) -> NoReturn:
-        step = int(self.loop.meter.read()[3])
+        step = int(self.loop.meter.read().first_bad)
         lr, epoch = self.loop.recipe.lr_at(step, self.loop.total_steps), step // self.loop.steps_per_epoch + 1
         self.log.event("diverged", step=step, lr=lr)
         raise Diverged(

@@ -118,6 +118,11 @@ class Loop:
         images = resize(images, self.recipe.scale_at(step, self.total_steps))
         return images.contiguous(memory_format=self.memory_format), self.labels[rows]
 
+    def normalised(self, images: Tensor, scale: float = 1.0) -> Tensor:
+        """Images without augmentation, as the net takes them."""
+        images = resize(normalise(images, self.mean, self.std), scale)
+        return images.contiguous(memory_format=self.memory_format)
+
     def train_step(self, step: int) -> None:
         """One update. Where a rank's loss or the gradient is not finite, this and all later steps change no weight."""
         self.reseed(derive_seed("step", self.seed, step, self.ranks.rank))  # dropout, stochastic depth
@@ -178,15 +183,15 @@ class Loop:
         for part in rows.split(self.local_batch) if len(rows) else ():  # there may be more ranks than images
             if not self.ranks.on and stop():  # with several ranks the flag is agreed on between steps only
                 return None
-            images = normalise(self.test_images[part], self.mean, self.std).contiguous(memory_format=self.memory_format)
+            images = self.normalised(self.test_images[part])
             with self.autocast():
                 logits = self._logits(images)
                 if self.recipe.tta == "flip":
                     logits = (logits + self._logits(images.flip(3))) / 2
             sums.add(F.cross_entropy(logits, self.test_labels[part]), logits, self.test_labels[part])
         self.ranks.sum_(sums.values[:3])
-        loss, correct, images_seen, _ = sums.read()
-        return loss / images_seen, 100 * correct / images_seen
+        total = sums.read()
+        return total.loss / total.images, 100 * total.correct / total.images
 
     def _logits(self, images: Tensor) -> Tensor:
         """In float32, to be kept over the next call."""
@@ -204,7 +209,7 @@ class Loop:
 
         self.reseed(derive_seed("gradients", self.seed))
         rows = self.order(0)[: min(GRADIENT_IMAGES, self.recipe.batch_size)]  # shuffled: files come class by class
-        images = normalise(self.images[rows], self.mean, self.std).contiguous(memory_format=self.memory_format)
+        images = self.normalised(self.images[rows])
         with restored(self.net):
             logits = self.net.train()(images)
             F.cross_entropy(logits, self.labels[rows], label_smoothing=self.recipe.label_smoothing).backward()
@@ -228,10 +233,13 @@ class Loop:
         state = self.net.state_dict()
         return bool(torch.stack([state[name].isfinite().all() for name in self.finite_at_start]).all())
 
+    def sums(self) -> Tensor:
+        """Loss, correct answers and images of the epoch so far, over all ranks. Shape: (3,)."""
+        return self.ranks.sum_(self.meter.values[:3].clone())
+
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on, as tensors and plain types; the sums are those of all ranks."""
-        sums = self.ranks.sum_(self.meter.values[:3].clone())
-        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": sums.cpu()}
+        """All that the next step depends on, as tensors and plain types."""
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums().cpu()}
 
     def load(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])

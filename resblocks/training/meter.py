@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Sums(NamedTuple):
+    """Over the images of an epoch so far."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    images: float = 0.0
+    first_bad: float = math.inf  # the first step whose loss or gradient was not finite; of all epochs
 
 
 class Meter:
@@ -22,7 +32,7 @@ class Meter:
         if self._lagging:
             self._host = torch.empty(4, dtype=torch.float64, pin_memory=True)
             self._arrived = torch.cuda.Event()
-            self._seen, self._underway = (0.0, 0.0, 0.0, math.inf), False
+            self._seen, self._underway = Sums(), False
 
     def note(self, *numbers: Tensor) -> Tensor:
         """Remember the step if it is the first with a number that is not finite; returns that memory, a view of (1,).
@@ -42,28 +52,23 @@ class Meter:
             [loss.double() * images, correct.double(), correct.new_full((), images).double()]
         )
 
-    def peek(self) -> tuple[float, float, float, float]:
-        """(loss sum, correct, images, first bad step or inf), as new as is free to have."""
+    def peek(self) -> Sums:
+        """As new as is free to have."""
         if not self._lagging:
-            return self._tuple(self.values)
+            return self.read()
         if self._underway and self._arrived.query():
-            self._seen, self._underway = self._tuple(self._host), False
+            self._seen, self._underway = Sums(*self._host.tolist()), False
         if not self._underway:
             self._host.copy_(self.values, non_blocking=True)
             self._arrived.record()
             self._underway = True
         return self._seen
 
-    def read(self) -> tuple[float, float, float, float]:
+    def read(self) -> Sums:
         """The same, exactly now."""
-        return self._tuple(self.values)
+        return Sums(*self.values.tolist())
 
     def reset(self) -> None:
         self.values[:3] = 0
         if self._lagging:
-            self._seen, self._underway = (0.0, 0.0, 0.0, self._seen[3]), False
-
-    @staticmethod
-    def _tuple(values: Tensor) -> tuple[float, float, float, float]:
-        loss, correct, images, bad = values.tolist()
-        return loss, correct, images, bad
+            self._seen, self._underway = Sums(first_bad=self._seen.first_bad), False
