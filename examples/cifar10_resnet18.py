@@ -22,29 +22,34 @@ from resblocks.training import (
     load_dataset,
     run_experiment,
 )
+from resblocks.training.device import PRECISIONS
 from resblocks.training.program import run_as_program
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10")
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="data set (default: cifar10)")
     parser.add_argument(
         "--data-dir", type=Path, default=Path("data"), help="archive or folder of the images (default: data)"
     )
     parser.add_argument(
         "--models",
         nargs="+",
-        help="of list_models(), _noskip behind takes the skips out; images of at most 64 pixels get the CIFAR stem "
-        f"(default: {' '.join(PAPER)})",
+        help="names of resblocks.list_models(); append _noskip for the net without skips; images of at most 64 pixels "
+        f"get the CIFAR stem (default: {' '.join(PAPER)})",
     )
     parser.add_argument("--recipe", choices=RECIPES, help="default: paper, and digits for the digits")
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
-    parser.add_argument("--batch-size", type=int, help="over all processes (default: the recipe's)")
+    parser.add_argument(
+        "--batch-size", type=int, help="images in each step, over all processes (default: the recipe's)"
+    )
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the recipe's)")
-    parser.add_argument("--cutout", type=int, help="side of the square, 0 is off (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
+    parser.add_argument("--cutout", type=int, help="side of the masked square, 0 is off (default: the recipe's)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument(
+        "--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: as the hardware has it"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the nets")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs")
     parser.add_argument("--out", type=Path, help="folder of checkpoints, results and figures (default: runs/<dataset>)")
@@ -58,7 +63,7 @@ def main() -> None:
 
     name = options.recipe or ("digits" if options.dataset == "digits" else "paper")
     # Digits of 8x8 end as maps of 1x1, where zero padding shrinks the signal until a net without norm learns nothing.
-    usual = ["baseline_cnn_bn", *list(PAPER)[1:]] if options.dataset == "digits" else list(PAPER)
+    usual = ["baseline_cnn_bn", "resnet18_noskip", "resnet18"] if options.dataset == "digits" else list(PAPER)
     recipe = get_recipe(
         name, epochs=options.epochs, batch_size=options.batch_size, lr=options.lr, cutout=options.cutout
     )

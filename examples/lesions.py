@@ -5,6 +5,7 @@ python examples/lesions.py        # digits of scikit-learn, half a minute on a C
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 
 import torch
@@ -15,6 +16,7 @@ from resblocks.training import build_net, fit, get_recipe, load_digits, normalis
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     digits = load_digits()
     net = build_net("resnet20", digits)
     with tempfile.TemporaryDirectory() as folder:

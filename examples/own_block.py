@@ -9,6 +9,7 @@ shortcut here: `set_skip(net, True, where=lambda name, block: block.shortcut is 
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 
 import torch
@@ -42,6 +43,7 @@ class InvertedResidual(Residual):
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     digits = load_digits()
     options = {"stem": "cifar", "stem_width": 24, "in_channels": 1, "num_classes": 10}
     for skip in (True, False):

@@ -46,29 +46,29 @@ class Config:
 
 
 HELP = {
-    "models": "names of list_models(); _noskip behind a name takes the skips out, _bn gives the baseline batch norm; "
-    "images of at most 64 pixels get the CIFAR stem",
-    "dataset": "data set",
+    "models": "names of resblocks.list_models(); append _noskip for the net without skips, _bn for the baseline with "
+    "batch norm; images of at most 64 pixels get the CIFAR stem",
+    "dataset": "data set; folder is any tree train/<class>/, test/<class>/",
     "data_dir": "archive or folder of the images",
-    "validation": "hold out so many training images and evaluate on them, for selection; 0: the test set",
-    "recipe": "recipe by name, see below; auto: digits for the digits, else paper",
+    "validation": "number of training images to hold out and evaluate on, for selection; 0: the test set",
+    "recipe": "see the list below; auto: digits for the digits, else paper",
     "out": "folder of checkpoints, results and figures",
-    "seed": "of weights, order, augmentation and dropout",
+    "seed": "seed of weights, order, augmentation and dropout",
     "device": "auto, cpu, cuda, cuda:1, ...",
     "precision": "auto: bfloat16 where the hardware has it",
     "compile": "torch.compile the nets",
     "compile_mode": "with --compile: reduce-overhead replays forward and backward as CUDA graphs",
     "graph": "replay each step as one CUDA graph, on one GPU",
     "channels_last": "memory format of weights and images",
-    "small_maps": "3x3 convolutions with small output maps as matrix products, on the CPU",
+    "small_maps": "run 3x3 convolutions with small output maps as matrix products, on the CPU",
     "deterministic": "deterministic convolutions on CUDA, slower",
     "gradients": "record the gradient by layer after each epoch",
-    "checkpoint_steps": "also write a checkpoint every so many steps; 0: only by time and epoch",
-    "checkpoint_seconds": "write a checkpoint at least so often",
-    "timeout_seconds": "give up when another process is silent for so long",
+    "checkpoint_steps": "steps between further checkpoints; 0: only by time and epoch",
+    "checkpoint_seconds": "longest time between two checkpoints",
+    "timeout_seconds": "longest silence of another process before the run gives up",
     "tensorboard": "also write TensorBoard logs",
     "progress": "a progress bar on a terminal, plain lines elsewhere",
-    "svg": "draw the figures as SVG, too",
+    "svg": "also save the figures as SVG",
 }
 CHOICES = {
     "dataset": list(DATASETS),
@@ -83,26 +83,26 @@ CHOICES = {
 OWN = ("models", "dataset", "data_dir", "validation", "recipe", "out", "timeout_seconds", "svg")
 RECIPE_HELP = {
     "epochs": "passes over the training images",
-    "batch_size": "images a step, over all processes",
+    "batch_size": "images in each step, over all processes",
     "lr": "peak learning rate, for the mean loss",
-    "momentum": "of SGD",
+    "momentum": "momentum of SGD",
     "nesterov": "Nesterov's momentum",
-    "weight_decay": "coupled, on every parameter",
-    "clip_norm": "cut the gradient to this norm over all weights; 0: off",
-    "schedule": "triangular, steps, cosine, constant",
-    "warmup": "fraction of the run; triangular: where the peak is",
-    "warmup_start": "fraction of lr at the first step",
+    "weight_decay": "weight decay of every parameter, coupled (L2)",
+    "clip_norm": "clip the norm of the gradient, over all weights, to this; 0: off",
+    "schedule": "course of the learning rate",
+    "warmup": "fraction of the run in which the learning rate rises; triangular: where its peak is",
+    "warmup_start": "learning rate at the first step, as a fraction of --lr",
     "milestones": "steps: fractions of the run where lr is multiplied by gamma",
     "gamma": "factor at the milestones",
-    "label_smoothing": "of the training loss",
+    "label_smoothing": "label smoothing of the training loss",
     "crop": "padding in pixels for the random crop; 0: off",
-    "padding": "reflect or zeros",
-    "flip": "mirror every second image",
-    "alternate_flip": "draw the mirrored images once, then mirror each in every second epoch",
-    "cutout": "side of the square in pixels; 0: off",
-    "start_scale": "side of the training images at the start over their full side, in quarters; 1: off",
+    "padding": "what the random crop is padded with",
+    "flip": "mirror each training image left to right with probability 1/2",
+    "alternate_flip": "draw once which images are mirrored, then alternate from epoch to epoch; needs --flip",
+    "cutout": "side in pixels of the square that is masked in each training image; 0: off",
+    "start_scale": "progressive resizing: side of the first training images over the full one, a multiple of 0.25; 1: off",
     "full_scale_at": "fraction of the run from which the training images have their full size",
-    "tta": "test-time augmentation: none, flip",
+    "tta": "test-time augmentation",
 }
 
 
@@ -110,8 +110,10 @@ def make_parser() -> argparse.ArgumentParser:
     """One argument for each field of `Config` and of `Recipe`."""
     parser = argparse.ArgumentParser(
         prog="python -m resblocks.training",
-        description="Train named nets with a named recipe. The same command goes on where it was stopped.",
-        epilog="recipes:\n" + "\n".join(f"  {name:10} {_summary(recipe)}" for name, recipe in RECIPES.items()),
+        description="Train named nets by a named recipe. Run the same command again to resume.",
+        usage="%(prog)s [options]",
+        epilog="recipes (and what they change of the usual values):\n"
+        + "\n".join(f"  {name:10} {_summary(recipe)}" for name, recipe in RECIPES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     types, defaults = typing.get_type_hints(Config), Config()

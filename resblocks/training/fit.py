@@ -95,7 +95,7 @@ def fit(
             be faster; equal up to rounding, see `resblocks.training.small_maps`.
         deterministic: on CUDA choose deterministic convolutions, slower; the CPU's always are.
         gradients: record the gradient by layer at the start and after each epoch; it does not change the training.
-        checkpoint_steps: save a checkpoint also after so many steps, not only after each epoch; 0: do not.
+        checkpoint_steps: steps between further checkpoints, beside those by time and epoch; 0: none.
         checkpoint_seconds: save one also after so much time.
         progress: a bar on a terminal, plain lines elsewhere; False says nothing.
         tensorboard: also write TensorBoard logs (extra `tensorboard`).

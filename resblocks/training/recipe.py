@@ -37,7 +37,7 @@ class Recipe:
     label_smoothing: float = 0.0
     crop: int = 4  # pixels of padding around which a window of the old size is cut; 0 is off
     padding: str = "reflect"  # reflect, zeros (after normalisation, so the mean colour)
-    flip: bool = True  # left and right, every second image
+    flip: bool = True  # left and right, each image with probability 1/2
     alternate_flip: bool = False  # drawn for the first epoch only, then each image is mirrored in every second epoch
     cutout: int = 0  # side of a square filled with the mean, fully inside the image; 0 is off
     start_scale: float = 1.0  # progressive resizing: side of the training images at step 0 over their full side
