@@ -40,9 +40,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--recipe", choices=RECIPES, help="default: paper, and digits for the digits")
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
-    parser.add_argument(
-        "--batch-size", type=int, help="images in each step, over all processes (default: the recipe's)"
-    )
+    parser.add_argument("--batch-size", type=int, help="of each step, over all processes (default: the recipe's)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the recipe's)")
     parser.add_argument("--cutout", type=int, help="side of the masked square, 0 is off (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")

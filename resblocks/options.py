@@ -150,7 +150,7 @@ class Layers:
 
     def pooling(self, layer: Layer | Family, channels: int, stride: int, option: str) -> nn.Module:
         """Make what reduces the resolution of so many channels by the stride."""
-        make = self._of_dims(layer, option)
+        make = inside(self._of_dims(layer, option))
         if isinstance(make, type) and issubclass(make, POOLS):
             raise ValueError(
                 f"{option} must take channels and stride, got {make.__name__}, which takes the size of its window: "

@@ -43,8 +43,9 @@ def make_stem(
         pooled = make.build(max_pool, 3, stride=2, padding=1)
     else:
         pooled = make.pooling(pool, width, 2, "stem_pool")
+    total = 2 if isinstance(pooled, nn.Identity) else 4  # any other pool is made for a stride of 2
     if stem == "imagenet":
-        return named(conv=make.conv(in_channels, width, 7, 2), **last, pool=pooled), 4
+        return named(conv=make.conv(in_channels, width, 7, 2), **last, pool=pooled), total
     half = max(1, width // 2)
     first = half if stem == "deep" else max(1, half * 3 // 4)
     return named(
@@ -57,7 +58,7 @@ def make_stem(
         conv=make.conv(half, width, 3),
         **last,
         pool=pooled,
-    ), 4
+    ), total
 
 
 def total_stride(stem: nn.Module) -> int:

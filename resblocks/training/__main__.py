@@ -100,7 +100,7 @@ RECIPE_HELP = {
     "flip": "mirror each training image left to right with probability 1/2",
     "alternate_flip": "draw once which images are mirrored, then alternate from epoch to epoch; needs --flip",
     "cutout": "side in pixels of the square that is masked in each training image; 0: off",
-    "start_scale": "progressive resizing: side of the first training images over the full one, a multiple of 0.25; 1: off",
+    "start_scale": "progressive resizing: side of the first training images over the full one, in quarters; 1: off",
     "full_scale_at": "fraction of the run from which the training images have their full size",
     "tta": "test-time augmentation",
 }
