@@ -21,7 +21,7 @@ class SE(nn.Module):
 
     Args:
         channels: of the input.
-        reduction: channels over the width of the hidden layer, at least 8 of which are kept.
+        reduction: the hidden layer has channels / reduction units, but at least min(8, channels).
 
     Shape: (N, channels, ...) -> same.
     """
@@ -77,7 +77,7 @@ class CBAM(SE):
     Args:
         channels: of the input.
         dims: number of spatial dimensions.
-        reduction: channels over the width of the hidden layer, at least 8 of which are kept.
+        reduction: the hidden layer has channels / reduction units, but at least min(8, channels).
         kernel_size: of the convolution that makes the positions' gate.
 
     Shape: (N, channels, ...) -> same.

@@ -16,7 +16,7 @@ def check_positive(**arguments: object) -> None:
 
 
 def check_integer(least: int, **arguments: object) -> None:
-    """Raise unless every argument is an integer of at least so much; True and False are none."""
+    """Raise unless every argument is an integer of at least `least`; bools do not count as integers."""
     for name, value in arguments.items():
         if type(value) is not int or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
@@ -56,7 +56,7 @@ def check_sequence(**arguments: object) -> None:
 
 
 def check_input_size(sizes: object) -> None:
-    """Raise unless they are positive integers, at least one."""
+    """Raise unless `sizes` is a sequence of positive integers, at least one."""
     fits = isinstance(sizes, Sequence) and bool(sizes) and all(isinstance(size, int) and size > 0 for size in sizes)
     if not fits:
         raise ValueError(f"input_size must be positive integers, one sample without the batch, got {sizes!r}")

@@ -47,7 +47,7 @@ def to_config(net: nn.Module) -> dict[str, Any]:
     outputs = 0 if isinstance(head, nn.Identity) else getattr(head, "out_features", None)
     if outputs != net.num_classes:
         raise ValueError(f"config needs a head that reset_head made, with {net.num_classes} outputs, got {head}")
-    if outputs != net._built_classes:
+    if outputs != net.built_classes:
         call = with_option(call, type(net), "num_classes", outputs)
     check_built(net, call)
     return call

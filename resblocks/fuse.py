@@ -69,7 +69,7 @@ def fuse(
         True
     """
     check_sizes(input_size, batch_size)
-    fused = copy.deepcopy(net).eval()
+    fused = copied(net).eval()
     if any(parameter.dtype in HALF for parameter in fused.parameters()):
         dtype = next(fused.parameters()).dtype if dtype is None else dtype
         fused = fused.float()  # fold in float32, then cast: the other order loses most of the digits
@@ -88,6 +88,12 @@ def fuse(
     return fused
 
 
+def copied(net: nn.Module) -> nn.Module:
+    """A copy of the net, also where pruning and the like have left a weight that they computed with its graph."""
+    computed = [value for module in net.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(net, {id(value): value.detach() for value in computed if not value.is_leaf})
+
+
 def replace_norms(net: nn.Module) -> None:
     """Put an `Affine` in the place of each norm of kept statistics that is left."""
     for parent in list(net.modules()):
@@ -100,7 +106,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def check_sizes(input_size: Sequence[int] | None, batch_size: int) -> None:
-    """Raise unless they are of inputs that weights can be laid out for."""
+    """Raise unless input_size and batch_size are positive integers, batch_size with input_size only."""
     if input_size is not None:
         check_input_size(input_size)
     check_positive(batch_size=batch_size)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resblocks.checks import check_dims, check_probability
-from resblocks.layers import FrozenBatchNorm, WeightStandardised, by_dims, convolution, over_positions
+from resblocks.layers import FrozenBatchNorm, WeightStandardised, by_dims, convolution
 from resblocks.residual import fitting
 
 torch.fx.wrap("fitting")  # known by the module whose forward calls it
@@ -101,11 +101,12 @@ class LayerScale(nn.Module):
     Args:
         channels: of the branch.
         initial: factor at the start.
+        dim: where the channels are: -1 for tokens, (N, tokens, channels).
     """
 
-    def __init__(self, channels: int, initial: float = 1e-5) -> None:
+    def __init__(self, channels: int, initial: float = 1e-5, dim: int = 1) -> None:
         super().__init__()
-        self.initial = initial
+        self.initial, self.dim = initial, dim
         self.weight = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
 
@@ -114,21 +115,25 @@ class LayerScale(nn.Module):
         nn.init.constant_(self.weight, self.initial)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * over_positions(self.weight, x)
+        shape = [1] * x.dim()
+        shape[self.dim] = -1
+        return x * self.weight.view(shape)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, initial={self.initial}"
+        where = "" if self.dim == 1 else f", dim={self.dim}"
+        return f"{self.weight.numel()}, initial={self.initial}{where}"
 
 
 class SkipInit(nn.Module):
     """One factor for the whole branch, zero at the start (De and Smith 2020, sec. 4).
 
-    Its weight has the shape (1,), since FSDP shards no scalars.
+    Its weight has the shape (1,), since FSDP shards no scalars. It takes the number of channels, which `scale` hands
+    to every class, and needs none.
 
     Shape: (N, ...) -> same.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1))
         self.reset_parameters()
@@ -206,7 +211,9 @@ class WeightedAdd(nn.Module):
 
 
 class Gated(nn.Module):
-    """Highway merge (Srivastava et al. 2015, eq. 3): gate * branch + (1 - gate) * shortcut; read off the shortcut.
+    """Highway merge (Srivastava et al. 2015, eq. 3): gate * branch + (1 - gate) * shortcut.
+
+    The gate is the sigmoid of a 1x1 convolution of the shortcut.
 
     Args:
         channels: of shortcut and branch.

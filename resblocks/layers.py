@@ -47,7 +47,7 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """channels_last where the channels of maps, or of some of a buffer's maps, lie innermost; else contiguous."""
+    """Memory format of x: channels_last if its channels lie closest together, in a slice of channels too."""
     return _LAST[x.dim()] if x.dim() in _LAST and x.stride(1) < x.stride(-1) else torch.contiguous_format
 
 
@@ -204,7 +204,7 @@ FREEZABLE = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 def freeze_norm(net: nn.Module) -> nn.Module:
     """Replace every batch norm of the net by a `FrozenBatchNorm` of the same values, which `train()` does not wake.
 
-    Weights and biases of the norms become buffers: make the optimizer afterwards.
+    Weights and biases of the norms become buffers: make the optimizer afterwards. Norms that are frozen stay so.
 
     Raises:
         ValueError: the net has no batch norm, is one, or has one that does more than normalise or keeps no statistics.
@@ -217,7 +217,7 @@ def freeze_norm(net: nn.Module) -> nn.Module:
         for name, child in parent._modules.items()  # named_children leaves repeated ones out
         if isinstance(child, nn.modules.batchnorm._BatchNorm)
     ]
-    if not found:
+    if not found and not any(isinstance(layer, FrozenBatchNorm) for layer in net.modules()):
         raise ValueError(f"net must have a batch norm to freeze, got {type(net).__name__} without any")
     for parent, name, frozen in found:
         setattr(parent, name, frozen)

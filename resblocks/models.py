@@ -25,25 +25,25 @@ R18, R34, R101, R152 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
 R50 = R34
 
 
-def basic(depths: Sequence[int], *, block: Block = BasicBlock, **options: Any) -> Build:
+def basic_resnet(depths: Sequence[int], *, block: Block = BasicBlock, **options: Any) -> Build:
     """A ResNet of basic blocks."""
     return partial(ResNet, block=block, depths=depths, widths=BASIC, **options)
 
 
-def deep(
+def bottleneck_resnet(
     depths: Sequence[int], *, block: Block = Bottleneck, widths: Sequence[int] = BOTTLENECK, **options: Any
 ) -> Build:
     """A ResNet of bottlenecks."""
     return partial(ResNet, block=block, depths=depths, widths=widths, **options)
 
 
-def grouped(depths: Sequence[int], groups: int, base_width: int, **options: Any) -> Build:
+def resnext(depths: Sequence[int], groups: int, base_width: int, **options: Any) -> Build:
     """A ResNeXt."""
-    return deep(depths, block=partial(Bottleneck, groups=groups, base_width=base_width), **options)
+    return bottleneck_resnet(depths, block=partial(Bottleneck, groups=groups, base_width=base_width), **options)
 
 
-basic2 = partial(basic, block=PreActBasicBlock)
-deep2 = partial(deep, block=PreActBottleneck)
+preact_basic_resnet = partial(basic_resnet, block=PreActBasicBlock)
+preact_bottleneck_resnet = partial(bottleneck_resnet, block=PreActBottleneck)
 
 
 def cifar_resnet(depth: int, **options: Any) -> ResNet:
@@ -141,21 +141,21 @@ def grid(depth: int, step: int, offset: int) -> int:
 
 
 MODELS: dict[str, Build] = {
-    "resnet18": basic(R18),
-    "resnet34": basic(R34),
-    "resnet50": deep(R50),
-    "resnet101": deep(R101),
-    "resnet152": deep(R152),
-    "resnext50_32x4d": grouped(R50, 32, 4),
-    "resnext101_32x8d": grouped(R101, 32, 8),
-    "resnext101_64x4d": grouped(R101, 64, 4),
-    "wide_resnet50_2": deep(R50, block=partial(Bottleneck, base_width=128)),
-    "wide_resnet101_2": deep(R101, block=partial(Bottleneck, base_width=128)),
-    "preact_resnet18": basic2(R18),
-    "preact_resnet34": basic2(R34),
-    "preact_resnet50": deep2(R50),
-    "preact_resnet101": deep2(R101),
-    "preact_resnet152": deep2(R152),
+    "resnet18": basic_resnet(R18),
+    "resnet34": basic_resnet(R34),
+    "resnet50": bottleneck_resnet(R50),
+    "resnet101": bottleneck_resnet(R101),
+    "resnet152": bottleneck_resnet(R152),
+    "resnext50_32x4d": resnext(R50, 32, 4),
+    "resnext101_32x8d": resnext(R101, 32, 8),
+    "resnext101_64x4d": resnext(R101, 64, 4),
+    "wide_resnet50_2": bottleneck_resnet(R50, block=partial(Bottleneck, base_width=128)),
+    "wide_resnet101_2": bottleneck_resnet(R101, block=partial(Bottleneck, base_width=128)),
+    "preact_resnet18": preact_basic_resnet(R18),
+    "preact_resnet34": preact_basic_resnet(R34),
+    "preact_resnet50": preact_bottleneck_resnet(R50),
+    "preact_resnet101": preact_bottleneck_resnet(R101),
+    "preact_resnet152": preact_bottleneck_resnet(R152),
     "densenet121": partial(DenseNet, growth_rate=32, depths=(6, 12, 24, 16)),
     "densenet161": partial(DenseNet, growth_rate=48, depths=(6, 12, 36, 24)),
     "densenet169": partial(DenseNet, growth_rate=32, depths=(6, 12, 32, 32)),

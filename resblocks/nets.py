@@ -74,7 +74,7 @@ class Network(nn.Module):
         self.pool = GlobalAvgPool()
         self.head: nn.Module
         self.reset_head(num_classes)
-        self._built_classes = num_classes
+        self.built_classes = num_classes
         for block in residuals(self, lambda _, block: isinstance(block.scale, Fixup)).values():
             block.start_weights()  # once more: only now do they know how many they are
 
@@ -438,7 +438,7 @@ def taken_options(block: Block, name: str, options: dict[str, object]) -> dict[s
 
 
 def with_one_dilation(options: dict[str, object]) -> dict[str, object]:
-    """The options of a block that knows one dilation: that of what reads its input."""
+    """The options for a block without `first_dilation`: its `dilation` is that of its first 3x3 convolution."""
     others = {option: value for option, value in options.items() if option not in ("dilation", "first_dilation")}
     return others if options["first_dilation"] == 1 else {**others, "dilation": options["first_dilation"]}
 

@@ -19,13 +19,13 @@ from resblocks.joins import DropPath, Gated
 from resblocks.layers import (
     Family,
     Layer,
-    WeightStandardised,
     at_every_position,
     avg_pool,
     batch_norm,
     convolution,
     instance_norm,
     max_pool,
+    weight_standardised,
 )
 from resblocks.residual import Checkpoint
 
@@ -191,7 +191,7 @@ class Layers:
             groups=groups,
             bias=not self.has_norm,
         )
-        if isinstance(conv, WeightStandardised) and not self.has_norm:
+        if type(conv) in weight_standardised and not self.has_norm:
             raise ValueError(f"conv must have a norm behind it where it standardises its weights, got {conv}")
         return conv
 
@@ -309,6 +309,7 @@ class BlockLayers(Layers):
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int, *, groups: int = 1
     ) -> nn.Module:
         """The first 3x3 convolution, which carries the block's stride, unless `pool` does."""
+        check_positive(stride=stride)
         if stride > 1 and self.first_dilation != self.dilation:
             raise ValueError(
                 f"stride must be 1 where a dilation replaces it, got {stride} with dilation={self.dilation} and "
@@ -350,7 +351,7 @@ def inside(make: Any) -> Any:
 
 
 def refuse_unknown(options: Iterable[str], known: Iterable[str], taker: str = "") -> None:
-    """Raise TypeError for an option that does not exist, or that the taker named has not, with the nearest one."""
+    """Raise TypeError for an option that is not among the known ones, which names the nearest; `taker` was given it."""
     names = tuple(known)
     for name in (option for option in options if option not in names):
         close = get_close_matches(name, names, n=1)

@@ -64,7 +64,7 @@ class Residual(nn.Module):
     without a shortcut a scale of zero or a dropped branch would leave nothing.
 
     Args:
-        branch: F(x), the layers that learn; any module, another `Residual` included.
+        branch: F(x), the layers that learn; any module of one tensor, another `Residual` included.
         shortcut: what goes around the branch; None is the identity.
         preact: what branch and shortcut both read (He et al. 2016, the first activation of a projecting unit).
         merge: joins shortcut and branch, in this order; None is `Add`.
@@ -72,12 +72,11 @@ class Residual(nn.Module):
         scale: applied to the branch before the merge (`ZeroInit`, `SkipInit`, `ReZero`, `LayerScale`, `Fixup`); one
             with a method `start_branch(branch)` also sets what the branch starts with.
         drop_path: stochastic depth, applied to the scaled branch.
-        checkpoint: True keeps only the input and recomputes the rest in backward (`resblocks.recompute`); "norms"
-            keeps what norms read and rebuilds what they and the activations behind them put out
-            (`resblocks.rebuild`). Results are the same. With True hooks on the parts run again in backward, during
-            which no other thread may run, switch or save the block; with "norms" they see each value once: what they
-            look at is kept. Under torch.compile and within another
-            checkpoint "norms" changes nothing.
+        checkpoint: what is kept for backward; results are the same. False keeps all. True keeps the input and runs the
+            block again in backward (`resblocks.recompute`): hooks on the parts run twice, and meanwhile no other
+            thread may run, switch or save the block. "norms" keeps what norms read and rebuilds what they and the
+            activations behind them put out (`resblocks.rebuild`): hooks run once, and what they look at is kept; under
+            torch.compile and within another checkpoint it changes nothing.
         skip: False drops the shortcut for good and builds a plain block.
 
     Shape: that of the parts; with the defaults the branch must keep the shape of its input.
@@ -85,7 +84,8 @@ class Residual(nn.Module):
     Raises:
         ValueError: a part that is no module; `skip=False` together with a shortcut, merge, drop path or scale (a plain
             block that starts at zero puts out zeros for ever, since its weights get no gradient); a part that begins
-            with a layer that works in place, and would write over what others or hooks read.
+            with a layer that works in place, and would write over what others or hooks read; another `checkpoint`, or
+            "norms" where no norm has an activation behind it; `skip` that is no bool.
 
     Example:
         >>> block = Residual(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
@@ -174,6 +174,8 @@ class Residual(nn.Module):
         branch = parts["branch"]
         h = run_layers(parts["preact"], x, rebuild)
         y = run_layers(branch, h, rebuild)
+        if not isinstance(y, Tensor):
+            raise ValueError(f"branch must put out one tensor, got {type(y).__name__} from {type(branch).__name__}")
         owned = ends_fresh(branch)
         if self._skip:
             unseen = type(parts["merge"]) is Add and not is_watched(parts["merge"])

@@ -257,3 +257,10 @@ def test_unknown_option_raises_and_names_the_nearest(block):
 def test_one_pixel_of_one_sample_raises_the_message_of_torch():
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         rb.BasicBlock(4, 4)(image(4, 1, batch=1))
+
+
+@EVERY_BLOCK
+@pytest.mark.parametrize("stride", [(2, 2), "2", None, 0])
+def test_stride_that_is_no_number_is_named(block, stride):
+    with pytest.raises(ValueError, match="stride must be "):
+        block(16, 32, stride)

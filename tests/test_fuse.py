@@ -730,3 +730,12 @@ def test_benchmark_keeps_one_case_of_a_setting(benchmark, tmp_path):
         benchmark["keep"](new, tmp_path / "file.json")
     kept = json.loads((tmp_path / "file.json").read_text())["cases"]
     assert kept == [{**case, "net": "resnet18"}, {**case, "rows": 2}]
+
+
+def test_net_that_was_pruned_and_has_run_is_fused():
+    net = rb.create_model("resnet20").eval()
+    for layer in [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]:
+        torch.nn.utils.prune.random_unstructured(layer, "weight", amount=0.5)
+    x = torch.randn(2, 3, 32, 32)
+    expected = net(x)
+    torch.testing.assert_close(fuse(net)(x), expected, rtol=1e-4, atol=1e-5)

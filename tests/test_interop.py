@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import resblocks as rb
 from resblocks import create_model, skips_off
 from resblocks.attention import CBAM
 from resblocks.fuse import fuse
@@ -399,9 +400,7 @@ def test_counters_that_old_files_lack_start_at_zero() -> None:
     net.get_buffer("stem.norm.num_batches_tracked").fill_(7)
     old = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
     notes = load(net, old)
-    assert notes[0] == (
-        "stem.norm.num_batches_tracked (torchvision: bn1.num_batches_tracked): not in the source, starts at 0"
-    )
+    assert notes[0] == ("20 num_batches_tracked: not in the source, start at 0")
     assert net.get_buffer("stem.norm.num_batches_tracked") == 0
 
 
@@ -594,3 +593,42 @@ def test_differences_of_equal_nets_with_dropout_are_rounding_and_draw_nothing() 
 
 def test_differences_of_small_values_are_told() -> None:
     assert _apart(torch.full((4,), 1e-30), torch.full((4,), 2e-30)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "left"),
+    [
+        ({"skip": False}, 0, 18),  # the three projections, five tensors and a counter each
+        ({"attention": rb.SE}, 32, 0),
+        ({"scale": rb.LayerScale}, 8, 0),
+        ({"merge": rb.WeightedAdd}, 16, 0),
+        ({"shortcut": "A"}, 0, 18),
+        ({"depths": (2, 2, 2, 1)}, 0, 12),
+        ({"stem": "cifar"}, 0, 1),
+    ],
+)
+def test_net_with_something_changed_takes_what_fits(options: dict[str, Any], kept: int, left: int) -> None:
+    net, model = create_model("resnet18", num_classes=10, **options), torchvision_net(10)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match="source must"):
+        load(net, model)
+    notes = load(net, model, partial=True)
+    assert sum(note.endswith(": kept as it was") for note in notes) == kept
+    assert sum(note.startswith(("not in the net: ", "shape: ")) for note in notes) == left
+    assert torch.equal(net.get_parameter("head.weight"), model.fc.weight)
+    assert torch.equal(net.get_parameter("stages.2.1.branch.conv2.weight"), model.layer3[1].conv2.weight) or kept
+    for key in (note.partition(":")[0] for note in notes if note.endswith("kept as it was")):
+        assert torch.equal(net.state_dict()[key], before[key])
+
+
+def test_trained_net_without_its_skips_computes_what_the_plain_one_does() -> None:
+    net, plain = (create_model("resnet18", num_classes=10, skip=skip).eval() for skip in (True, False))
+    load(plain, net, partial=True)
+    x = torch.randn(2, 3, 32, 32)
+    with skips_off(net):
+        torch.testing.assert_close(plain(x), net(x), rtol=0, atol=0)
+
+
+def test_source_of_which_nothing_fits_is_an_error_with_partial_too() -> None:
+    with pytest.raises(ValueError, match="source must"):
+        load(create_model("resnet18"), {"stem.conv.weight": torch.zeros(1)}, partial=True)

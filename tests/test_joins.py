@@ -91,3 +91,17 @@ def test_weighted_and_gated_merges_equal_their_equations():
 def test_merges_refuse_shapes_that_would_broadcast(merge):
     with pytest.raises(ValueError, match="same shape to be added"):
         merge(image(4, 5), image(4, 1))
+
+
+def test_layer_scale_takes_channels_in_any_dimension():
+    weights, x = torch.randn(4), torch.randn(2, 3, 4)
+    scale = rb.LayerScale(4, dim=-1)
+    with torch.no_grad():
+        scale.weight.copy_(weights)
+    torch.testing.assert_close(rb.Residual(nn.Identity(), scale=scale)(x), x + x * weights)
+
+
+@pytest.mark.parametrize("scale", [rb.SkipInit, rb.ReZero])
+def test_one_factor_needs_no_number_of_channels(scale):
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(rb.Residual(nn.Linear(3, 3), scale=scale())(x), x)

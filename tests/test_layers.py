@@ -210,3 +210,19 @@ def test_average_downsample_means_the_positions_that_exist(dims, size):
 )
 def test_settings_that_change_the_result_are_in_the_repr_which_config_compares(layer, said):
     assert said in layer.extra_repr()
+
+
+def test_norms_that_are_frozen_stay_so():
+    net = rb.freeze_norm(nn.Sequential(nn.BatchNorm2d(4)))
+    frozen = net[0]
+    assert rb.freeze_norm(net)[0] is frozen
+
+
+class ScaledConv(rb.WSConv2d):
+    """A standardised convolution of a user that keeps the size of its map."""
+
+
+def test_standardised_convolution_of_ones_own_needs_no_norm():
+    assert isinstance(rb.BasicBlock(4, 4, conv=ScaledConv, norm=None).branch.conv1, ScaledConv)
+    with pytest.raises(ValueError, match="conv must have a norm behind it"):
+        rb.BasicBlock(4, 4, conv=rb.WSConv2d, norm=None)

@@ -659,3 +659,17 @@ def test_every_residual_net_is_built_plain_too(name):
     plain = create_model(name, skip=False, device="meta")
     assert not any("shortcut" in key for key in plain.state_dict())
     assert not any(block.skip for block in rb.residuals(plain).values())
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "deep", "tiered"])
+def test_stem_without_its_pool_counts_so_in_the_strides(stem):
+    net = small(stem=stem, stem_pool=nn.Identity)
+    x = image(3, 32)
+    assert net.stage_strides == (2, 4)
+    assert [32 // stage.shape[-1] for stage in net.features(x)] == [2, 4]
+    assert small(stem=stem, stem_pool=nn.Identity, output_stride=2).stage_strides == (2, 2)
+
+
+def test_pool_with_a_window_is_refused_inside_a_partial_too():
+    with pytest.raises(ValueError, match="stem_pool must take channels and stride, got AvgPool2d"):
+        small(stem="imagenet", stem_pool=partial(nn.AvgPool2d, 2))

@@ -362,3 +362,8 @@ def test_names_of_blocks_are_those_inside_ddp(tmp_path):
         assert set_skip(net, False, where="1*") == ["1"]
     finally:
         dist.destroy_process_group()
+
+
+def test_branch_that_puts_out_more_than_a_tensor_is_named():
+    with pytest.raises(ValueError, match="branch must put out one tensor, got tuple from LSTM"):
+        Residual(nn.LSTM(4, 4))(torch.randn(3, 2, 4))

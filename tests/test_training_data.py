@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -498,3 +499,16 @@ def test_dataset_that_does_not_fit_together_is_refused(change: dict[str, Any], m
 def test_unknown_dataset_is_refused() -> None:
     with pytest.raises(ValueError, match="no data set is named 'mnist'; there are cifar10, cifar100, digits, folder"):
         load_dataset("mnist")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((6, 1, 8, 8), np.uint8), "train_images must be a torch.Tensor, got ndarray"),
+        (torch.zeros(6, 8, 8, 3, dtype=torch.uint8), r"looks like \(N, H, W, C\): images.permute"),
+    ],
+)
+def test_images_in_another_form_are_named(images, message):
+    labels = torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        Dataset("x", ("a",), images, labels, images, labels)

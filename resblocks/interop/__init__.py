@@ -1,4 +1,7 @@
-"""Weights, names and files of torchvision, timm and the Hugging Face Hub, in and out; never imported by the core."""
+"""Weights, names and files of torchvision, timm and the Hugging Face Hub, in and out.
+
+The core does not import it, but to word the error for a name that it does not have.
+"""
 
 from resblocks.interop.compare import differences
 from resblocks.interop.hub import from_pretrained, push_to_hub, save_pretrained

@@ -55,8 +55,9 @@ def load(
     first_conv: FirstConv = "same",
     drop_head: bool = False,
     prefix: str = "",
+    partial: bool = False,
 ) -> list[str]:
-    """Copy weights from elsewhere into one of our nets, all of them or none.
+    """Copy weights from elsewhere into one of our nets, all of them or none; with `partial`, those that fit.
 
     Args:
         net: one of our nets, also inside `torch.compile` or a data-parallel wrapper, but not a fused one.
@@ -69,14 +70,17 @@ def load(
         drop_head: leave the head of the net as it is, for other classes.
         prefix: what the names of the net's weights begin with in the source, "backbone." for instance; others are left
             out.
+        partial: copy what the net has by name and shape, for a net with something changed, without skips or with
+            attention for instance; the rest of it stays as it is, and everything that was not copied is named.
 
     Returns:
         What was not copied as it stands, a sentence each: empty if all was. A training checkpoint's averaged weights,
         under "state_dict_ema" or "model_ema", are named but not taken.
 
     Raises:
-        ValueError: keys that are missing, too many or of another shape, each in both vocabularies; nothing is
-            loaded then. Also a net for which the vocabulary has no names, a file of another kind.
+        ValueError: keys that are missing, too many or of another shape, each in both vocabularies, or with `partial`
+            nothing that fits; nothing is loaded then. Also a net for which the vocabulary has no names, a file of
+            another kind.
 
     Example:
         >>> from resblocks import create_model
@@ -91,7 +95,7 @@ def load(
         left_out += others
     given = plain_names(content)
     check_not_fused(net, given)
-    names = find_names(net, given, vocabulary, head=not drop_head)
+    names = find_names(net, given, vocabulary, head=not drop_head, partial=partial)
     ours = net.state_dict()
     check_target(net, next(iter(ours)), first_conv)
     kept: dict[str, Tensor] = {}
@@ -100,6 +104,10 @@ def load(
         given, dropped = without_head(names, given)
         kept = {key: tensor for key, tensor in ours.items() if key.startswith("head.")}
     new, notes, faults = match(ours, names, given, first_conv)
+    if partial and any(names.theirs[key] in given for key in new):
+        nameless = [key for key in ours.keys() - names.theirs.keys() if key not in kept]
+        notes += [f"{key}: kept as it was" for key in sorted(nameless)] + faults
+        kept, faults = ours, []
     if faults:
         raise ValueError("source must fit the net, nothing was loaded:\n  " + "\n  ".join(faults))
     net.load_state_dict(kept | new)
@@ -107,7 +115,7 @@ def load(
 
 
 def without_prefix(given: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], list[str]]:
-    """What begins so, behind the names of wrappers or with them, under the rest of its name; what is said of others."""
+    """The entries whose key begins with the prefix, or with it behind a wrapper's, without it; a note on the others."""
     found: dict[str, Any] = {}
     for start in (prefix, f"module.{prefix}", f"_orig_mod.{prefix}", f"module._orig_mod.{prefix}"):
         found = found or {key.removeprefix(start): value for key, value in given.items() if key.startswith(start)}
@@ -129,7 +137,7 @@ def match(
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """The tensors of the source as the net takes them, what was done to them, and what does not fit."""
     new: dict[str, Tensor] = {}
-    notes, faults, first = [], [], next(iter(ours))
+    notes, faults, first, uncounted = [], [], next(iter(ours)), 0
     for key, their_key in names.theirs.items():
         name, tensor = names.both(their_key), ours[key]
         if their_key in given:
@@ -142,9 +150,11 @@ def match(
                 new[key] = fitted.reshape(tensor.shape)
         elif key.endswith("num_batches_tracked"):
             new[key] = torch.zeros_like(tensor)
-            notes.append(f"{name}: not in the source, starts at 0")
+            uncounted += 1
         else:
             faults.append(f"missing in the source: {name}")
+    if uncounted:
+        notes.append(f"{uncounted} num_batches_tracked: not in the source, start at 0")
     known = set(names.theirs.values())
     faults += [f"not in the net: {names.both(key)}{_hint(names.ours(key), first)}" for key in given if key not in known]
     return new, notes, faults
@@ -250,18 +260,18 @@ def read(source: Source) -> Mapping[str, Any]:
     return source
 
 
-WRAPPERS = ("state_dict", "model", "model_state_dict")  # of timm and Lightning, torchvision, torch's tutorial
+CHECKPOINT_KEYS = ("state_dict", "model", "model_state_dict")  # of timm and Lightning, torchvision, torch's tutorial
 
 
 def unpacked(given: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
     """The weights of a training checkpoint, as torchvision's references and timm write it, and what else it has."""
     notes = []
-    for wrapper in WRAPPERS:
-        if isinstance(given.get(wrapper), Mapping):
-            averaged = f"{wrapper}_ema"
+    for key in CHECKPOINT_KEYS:
+        if isinstance(given.get(key), Mapping):
+            averaged = f"{key}_ema"
             if isinstance(given.get(averaged), Mapping):
                 notes.append(f"{averaged}: averaged weights, not taken; load the value under {averaged!r} to have them")
-            given = given[wrapper]
+            given = given[key]
     return given, notes
 
 
@@ -280,10 +290,13 @@ def plain_names(given: Mapping[str, Any]) -> dict[str, Tensor]:
     return {_plain_dense_name(key.removeprefix(prefix)): tensor for key, tensor in given.items()}
 
 
-def find_names(net: nn.Module, given: Mapping[str, Tensor], vocabulary: str | None, *, head: bool = True) -> Names:
+def find_names(
+    net: nn.Module, given: Mapping[str, Tensor], vocabulary: str | None, *, head: bool = True, partial: bool = False
+) -> Names:
     """The names of the net's weights in the vocabulary asked for, or in the one that the source speaks.
 
-    Without `head` the net may have a head of its own, and its names are left out.
+    Without `head` the net may have a head of its own, and its names are left out; with `partial` any layer may have
+    none.
 
     Raises:
         ValueError: an unknown vocabulary, one without a name for a layer of the net, a source in none.
@@ -294,7 +307,7 @@ def find_names(net: nn.Module, given: Mapping[str, Tensor], vocabulary: str | No
     candidates = [Names("resblocks", {key: key for key in keys(net, head=head)}, None)]
     for name, tables in VOCABULARIES.items():
         for table in tables:
-            theirs = key_map(net, table, head=head)
+            theirs = key_map(net, table, head=head, partial=partial)
             candidates += [Names(name, theirs, table)] if theirs else []
     spoken = [names for names in candidates if vocabulary in (None, names.vocabulary)]
     if not spoken:

@@ -100,14 +100,15 @@ _POINTWISE = re.compile(r"(.*\.se\.fc[12]|head\.fc)\.weight")
 _FIELD = re.compile(r"\{(\w)(\+1)?\}")
 
 
-def key_map(net: nn.Module, table: Table, *, head: bool = True) -> dict[str, str] | None:
+def key_map(net: nn.Module, table: Table, *, head: bool = True, partial: bool = False) -> dict[str, str] | None:
     """For each key of the net's state dict, that of the head on request, its name by the table.
 
-    None if the table misses a layer.
+    None if the table misses a layer; with `partial` that layer is left out.
     """
-    if nameless_layers(net, table, head=head):
+    if not partial and nameless_layers(net, table, head=head):
         return None
-    return {key: translate_key(key, table) or "" for key in keys(net, head=head)}
+    names = {key: translate_key(key, table) for key in keys(net, head=head)}
+    return {key: name for key, name in names.items() if name is not None}
 
 
 def keys(net: nn.Module, *, head: bool) -> list[str]:

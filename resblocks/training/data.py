@@ -41,9 +41,16 @@ class Dataset:
             raise ValueError(f"classes must be distinct str, got {self.classes}")
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            _check_tensor(f"{part}_images", images)
+            _check_tensor(f"{part}_labels", labels)
             if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
                 raise ValueError(
                     f"{part}_images must be uint8 of shape (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
+                )
+            if images.shape[3] in (1, 3) and images.shape[1] > 4:
+                raise ValueError(
+                    f"{part}_images must be of shape (N, C, H, W), got {tuple(images.shape)}, which looks like "
+                    f"(N, H, W, C): images.permute(0, 3, 1, 2)"
                 )
             if labels.shape != (len(images),) or labels.dtype != torch.int64:
                 raise ValueError(f"{part}_labels must be {len(images)} int64, got {labels.dtype} {tuple(labels.shape)}")
@@ -105,6 +112,11 @@ class Dataset:
             test_labels=self.train_labels[held],
             split="validation",
         )
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}; torch.from_numpy makes one")
 
 
 def load_dataset(

@@ -108,6 +108,10 @@ def fit(
         RuntimeError: missing device, folder in use, full disk, out of memory, silent rank.
         Interrupted: SIGTERM or Ctrl-C, after the step is done and saved (a SystemExit with status 143 or 130).
     """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"dataset must be a resblocks.training.Dataset, got {type(dataset).__name__}")
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe must be a Recipe, such as get_recipe('r26'), got {recipe!r}")
     ranks, out = ranks or Ranks(), Path(out)
     mode = pick_compile_mode(compile, compile_mode)
     _check_checkpoints(checkpoint_steps, checkpoint_seconds)
