@@ -18,16 +18,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "resnet18_noskip": {"color": "#E69F00", "linestyle": "--", "marker": "^"},
     "resnet18": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
 }
-_OTHERS = [
-    {"color": color, "linestyle": style, "marker": marker}
-    for color, style, marker in [
-        ("#009E73", "-.", "D"),
-        ("#CC79A7", "-", "v"),
-        ("#56B4E9", "--", "P"),
-        ("#000000", ":", "X"),
-        ("#999999", "-", "<"),
-    ]
-]
+_OTHERS = [("#009E73", "D"), ("#56B4E9", "P"), ("#000000", "X"), ("#CC79A7", "v"), ("#E69F00", "<"), ("#999999", "p")]
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -51,30 +42,39 @@ def draw_figures(results: Sequence[Result], folder: str | Path, formats: Sequenc
     Results of one name are seeds of one experiment: their mean is drawn, and a band from the smallest to the largest.
 
     Raises:
-        ValueError: no results, results without a finished epoch, seeds of one net with other numbers of epochs.
+        ValueError: no results, results without a finished epoch, of several data sets or recipes, or of one run twice;
+            seeds of one net with other numbers of epochs.
     """
-    _check_finished(results, "draw_figures")
+    _check_together(results, "draw_figures")
     for seeds in _by_name(results):
         if len(lengths := {len(run.epochs) for run in seeds}) > 1:
             raise ValueError(f"results of one name must have the same epochs, {seeds[0].name} has {sorted(lengths)}")
     some = [result for result in results if not result.name.endswith("_noskip")] or results
     split = results[0].settings["dataset"]["split"]
     part = "test set" if split == "test" else f"{split} set"
+    looks = _looks(results)
     with require("matplotlib").rc_context(_STYLE):
         figures = {
-            "figure1_training": _curves(some, "train", "training set"),
-            "figure2_validation": _curves(some, "eval", part),
-            "figure4_training_all": _curves(results, "train", "training set"),
-            "figure5_validation_all": _curves(results, "eval", part),
+            "figure1_training": _curves(some, looks, "train", "training set"),
+            "figure2_validation": _curves(some, looks, "eval", part),
+            "figure4_training_all": _curves(results, looks, "train", "training set"),
+            "figure5_validation_all": _curves(results, looks, "eval", part),
         }
         if all(_has_gradients(result) for result in results):
-            figures["figure3_gradients"] = _gradients(results)
+            figures["figure3_gradients"] = _gradients(results, looks)
         return [path for name in sorted(figures) for path in _save(figures[name], Path(folder) / name, formats)]
 
 
-def _check_finished(results: Sequence[Result], who: str) -> None:
+def _check_together(results: Sequence[Result], who: str) -> None:
+    """Raise unless the results can share axes: a figure says once what they all were trained on, and how."""
     if not results or not all(result.epochs for result in results):
         raise ValueError(f"{who} needs results with at least one finished epoch each")
+    about = {(run.settings["dataset"]["name"], run.settings["recipe"]["name"]) for run in results}
+    if len(about) > 1:
+        raise ValueError(f"{who} needs results of one data set and recipe, got {sorted(about)}")
+    runs = [(run.name, run.settings["seed"]) for run in results]
+    if twice := sorted({run for run in runs if runs.count(run) > 1}):
+        raise ValueError(f"{who} needs each net and seed once, got {twice} several times")
 
 
 def draw_depths(results: Sequence[Result], folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
@@ -83,16 +83,20 @@ def draw_depths(results: Sequence[Result], folder: str | Path, formats: Sequence
     Results are of nets named resnetN and resnetN_noskip; several of one name are seeds, drawn as mean and range.
 
     Raises:
-        ValueError: no results, or some without a finished epoch.
+        ValueError: what `draw_figures` raises; no net is named so.
     """
-    _check_finished(results, "draw_depths")
+    _check_together(results, "draw_depths")
+    if not any(_by_depth(results, plain, "eval") for plain in (False, True)):
+        raise ValueError(f"draw_depths needs nets named resnetN or resnetN_noskip, got {[run.name for run in results]}")
     with require("matplotlib").rc_context(_STYLE):
         figure, panels = _panels(sharey=True)
         split = results[0].settings["dataset"]["split"]
         for axes, part, where in zip(panels, ("train", "eval"), ("training set", f"{split} set"), strict=True):
             for plain, label, look in ((False, "with skips", "resnet18"), (True, "without skips", "resnet18_noskip")):
-                found = _by_depth(results, plain, part)
-                _line(axes, list(found), list(found.values()), {**_LOOKS[look], "label": label})
+                found, drawn = _by_depth(results, plain, part), {**_LOOKS[look], "label": label}
+                axes.plot(list(found), [sum(seeds) / len(seeds) for seeds in found.values()], **drawn)
+                ranges = [list(map(end, found.values())) for end in (min, max)]
+                axes.vlines(list(found), *ranges, color=drawn["color"], alpha=0.4, linewidth=4)
             axes.set(title=f"Accuracy, {where}", xlabel="layers")
             axes.set_xticks(sorted({x for line in axes.lines for x in line.get_xdata()}))
         panels[0].set_ylabel("accuracy (%)")
@@ -109,12 +113,12 @@ def _by_depth(results: Sequence[Result], plain: bool, part: str) -> dict[int, li
     return dict(sorted(found.items()))
 
 
-def _curves(results: Sequence[Result], part: str, where: str) -> Any:
+def _curves(results: Sequence[Result], looks: dict[str, dict[str, Any]], part: str, where: str) -> Any:
     """Accuracy on the left, loss on the right, by epoch."""
     figure, panels = _panels()
-    for index, seeds in enumerate(_by_name(results)):
+    for seeds in _by_name(results):
         epochs = [epoch["epoch"] for epoch in seeds[0].epochs]
-        look = _look(seeds[0], index, len(epochs))
+        look = looks[seeds[0].name]
         for axes, number in zip(panels, ("accuracy_percent", "loss"), strict=True):
             _line(
                 axes, epochs, [[run.epochs[epoch - 1][f"{part}_{number}"] for run in seeds] for epoch in epochs], look
@@ -139,21 +143,31 @@ def _has_gradients(result: Result) -> bool:
     return recorded[:1] == [0] and recorded[-1] == len(result.epochs)
 
 
-def _gradients(results: Sequence[Result]) -> Any:
+def _gradients(results: Sequence[Result], looks: dict[str, dict[str, Any]]) -> Any:
     """Mean absolute gradient of each layer's weights, input to output, before and after training."""
     figure, panels = _panels(sharey=True)
     for axes, moment in zip(panels, (0, -1), strict=True):
-        for index, seeds in enumerate(_by_name(results)):
+        for seeds in _by_name(results):
             sizes = [_sizes(run.gradients[moment]["layers"]) for run in seeds]
             layers = range(1, len(sizes[0]) + 1)
-            _line(axes, layers, list(zip(*sizes, strict=True)), _look(seeds[0], index, len(layers)))
-        epoch = results[0].gradients[moment]["epoch"]
-        title = "At initialisation" if epoch == 0 else f"After {epoch} epoch{'s' if epoch > 1 else ''}"
-        axes.set(title=title, xlabel="layer, the last is the classifier", yscale="log")
+            _line(axes, layers, list(zip(*sizes, strict=True)), looks[seeds[0].name])
+        axes.set(
+            title=_after({run.gradients[moment]["epoch"] for run in results}),
+            xlabel="layer, the last is the classifier",
+            yscale="log",
+        )
         axes.set_xlim(left=0.5)
         _whole_numbers(axes)
     panels[0].set_ylabel("mean |gradient| of the weights")
     return _finish(figure, panels[0], results)
+
+
+def _after(epochs: set[int]) -> str:
+    """When the gradients were taken."""
+    if len(epochs) > 1:
+        return "After the last epoch"
+    (epoch,) = epochs
+    return "At initialisation" if epoch == 0 else f"After {epoch} epoch{'s' if epoch > 1 else ''}"
 
 
 def _sizes(layers: Sequence[dict[str, Any]]) -> list[float]:
@@ -171,7 +185,8 @@ def _by_name(results: Sequence[Result]) -> list[list[Result]]:
 
 def _line(axes: Any, x: Sequence[int], seeds: Sequence[Sequence[float]], look: dict[str, Any]) -> None:
     """At each x the mean over the seeds, and where there are several a band over all of them."""
-    axes.plot(x, [sum(values) / len(values) for values in seeds], **look)
+    marked = sorted({*range(0, len(x), max(1, len(x) // 15)), len(x) - 1})  # the last point is read off most often
+    axes.plot(x, [sum(values) / len(values) for values in seeds], markevery=marked, **look)
     if any(len(values) > 1 for values in seeds):
         axes.fill_between(x, list(map(min, seeds)), list(map(max, seeds)), color=look["color"], alpha=0.2, lw=0)
 
@@ -182,9 +197,20 @@ def _panels(**options: Any) -> tuple[Any, Any]:
     return figure, figure.subplots(1, 2, **options)
 
 
-def _look(result: Result, index: int, points: int) -> dict[str, Any]:
-    look = dict(_LOOKS.get(result.name) or _OTHERS[index % len(_OTHERS)])
-    return {**look, "label": title(result.name), "markevery": max(1, points // 15)}
+def _looks(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """How each net is drawn in all figures: in its colour, and without skips dashed with hollow markers."""
+    names = dict.fromkeys(result.name for result in results)
+    others = list(dict.fromkeys(name.removesuffix("_noskip") for name in names if name not in _LOOKS))
+    looks = {}
+    for name in names:
+        if name in _LOOKS:
+            look = _LOOKS[name]
+        else:
+            color, marker = _OTHERS[others.index(name.removesuffix("_noskip")) % len(_OTHERS)]
+            look = {"color": color, "marker": marker, "linestyle": "-"}
+            look |= {"linestyle": "--", "markerfacecolor": "white"} if name.endswith("_noskip") else {}
+        looks[name] = {**look, "label": title(name)}
+    return looks
 
 
 def _whole_numbers(axes: Any) -> None:
