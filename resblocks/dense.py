@@ -148,14 +148,14 @@ class _Block(torch.autograd.Function):
         found: list[Tensor | None] = []
         with _autocast_off(grad):
             # A copy, since the gradient that comes in is autograd's.
-            maps = _MapGradients(_Maps(buffer, mean, rstd), torch.empty_like(buffer).copy_(grad))
+            gradients = _MapGradients(_Maps(buffer, mean, rstd), torch.empty_like(buffer).copy_(grad))
             new = slice(buffer.shape[1], buffer.shape[1])
             by_layer = list(_by_layer(params, plan, mean.dtype, wanted))
             for layer, weights, count in reversed(list(zip(plan.layers, by_layer, ctx.counts, strict=True))):
                 new = slice(new.start - plan.growth, new.start)
                 mine, saved = saved[len(saved) - count :], saved[: len(saved) - count]
-                found = _backward_layer(layer, weights, mine, maps, new, plan) + found
-            dx = maps.finish(slice(0, new.start)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+                found = _backward_layer(layer, weights, mine, gradients, new, plan) + found
+            dx = gradients.finish(slice(0, new.start)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         triples = zip(found, params, wanted, strict=True)
         return dx, None, *(grad.to(p.dtype) if want and grad is not None else None for grad, p, want in triples)
 
@@ -194,24 +194,24 @@ def _forward_layer(layer: PlannedLayer, weights: list[_Weights], maps: _Maps, ne
 
 
 def _backward_layer(
-    layer: PlannedLayer, weights: list[_Weights], saved: list[Tensor], maps: _MapGradients, new: slice, plan: Plan
+    layer: PlannedLayer, weights: list[_Weights], saved: list[Tensor], gradients: _MapGradients, new: slice, plan: Plan
 ) -> list[Tensor | None]:
     """Hand the gradient of the new maps on to those before them; return gamma's, beta's and weight's of each step."""
-    dy = maps.finish(new).to(plan.compute)
+    maps, dy = gradients.maps, gradients.finish(new).to(plan.compute)
     if layer.dropout:
         dy.mul_(saved.pop()).div_(1 - layer.dropout)
     gamma, beta, weight, wanted = weights[0]
-    x, affine = maps.maps.x[:, : new.start], maps.maps.affine(gamma, beta)
+    x, affine = maps.x[:, : new.start], maps.affine(gamma, beta)
     second: list[Tensor | None] = []
     if len(layer.steps) == 2:
         mean, rstd, *kept = saved
-        b = kept[0] if kept else _empty(x, len(mean), plan.compute, layout_of(maps.maps.x))
+        b = kept[0] if kept else _empty(x, len(mean), plan.compute, layout_of(maps.x))
         if not kept:
             _convolve(x, affine, weight, layer.steps[0].conv, b)
         dy, *second = _backward_second(dy, _Maps(b, mean, rstd), weights[1], layer.steps[1])
     dweight = torch.zeros_like(weight, dtype=gamma.dtype) if wanted else None
     parts = _convolve_backward(dy, x, affine, weight, layer.steps[0].conv, dweight)
-    dgamma, dbeta = maps.add(gamma, affine, parts)
+    dgamma, dbeta = gradients.add(gamma, affine, parts)
     return [dgamma, dbeta, dweight, *second]
 
 
@@ -282,13 +282,14 @@ class _Pool(torch.autograd.Function):
         _refuse_more("Transition", grad)
         x, mean, rstd, gamma, beta = ctx.saved_tensors
         with _autocast_off(x):
-            maps = _MapGradients(_Maps(x, mean, rstd), torch.zeros_like(x, memory_format=layout_of(x)))
+            maps = _Maps(x, mean, rstd)
+            gradients = _MapGradients(maps, torch.zeros_like(x, memory_format=layout_of(x)))
             wide = gamma.to(mean.dtype)
-            affine = maps.maps.affine(wide, beta.to(mean.dtype))
-            dgamma, dbeta = maps.add(wide, affine, _pool_backward(grad, x, affine, ctx.size))
+            affine = maps.affine(wide, beta.to(mean.dtype))
+            dgamma, dbeta = gradients.add(wide, affine, _pool_backward(grad, x, affine, ctx.size))
             for span in _spans(x):
-                maps.grad[span] = maps.finish(slice(None), span)
-        return maps.grad, None, None, None, dgamma.to(gamma.dtype), dbeta.to(beta.dtype)
+                gradients.grad[span] = gradients.finish(slice(None), span)
+        return gradients.grad, None, None, None, dgamma.to(gamma.dtype), dbeta.to(beta.dtype)
 
 
 def _pool_backward(grad: Tensor, x: Tensor, affine: _Affine, size: int) -> Iterator[_Part]:
