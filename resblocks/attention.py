@@ -24,6 +24,9 @@ class SE(nn.Module):
         reduction: the hidden layer has channels / reduction units, but at least min(8, channels).
 
     Shape: (N, channels, ...) -> same.
+
+    Raises:
+        ValueError: channels or reduction are below 1.
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
@@ -49,7 +52,13 @@ class ECA(nn.Module):
 
     The kernel size grows with the channels as the paper's eq. 12 says (gamma 2, b 1).
 
+    Args:
+        channels: of the input.
+
     Shape: (N, channels, ...) -> same.
+
+    Raises:
+        ValueError: channels are below 1.
     """
 
     def __init__(self, channels: int) -> None:
@@ -81,6 +90,9 @@ class CBAM(SE):
         kernel_size: of the convolution that makes the positions' gate.
 
     Shape: (N, channels, ...) -> same.
+
+    Raises:
+        ValueError: channels, reduction or kernel_size are below 1, dims are not 1, 2 or 3, kernel_size is even.
     """
 
     def __init__(self, channels: int, dims: int = 2, reduction: int = 16, kernel_size: int = 7) -> None:
@@ -99,4 +111,7 @@ class CBAM(SE):
         return x * torch.sigmoid(self.spatial(maps))
 
 
+#: `CBAM` for 1D, 2D and 3D, the value for the option `attention`.
+#:
+#: :meta hide-value:
 cbam = by_dims(CBAM)

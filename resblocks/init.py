@@ -84,6 +84,9 @@ def init_weights(module: nn.Module) -> None:
     can train. A layer of your own takes part through its `reset_parameters()`, which comes after those of the layers
     inside it and may set them too. Trained weights are loaded into a net that is built: what a layer loads while it is
     made is drawn anew.
+
+    Args:
+        module: a net, or a part of one.
     """
     init_layers(module)
     start_weights(module)

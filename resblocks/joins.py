@@ -50,6 +50,8 @@ class ZeroInit(nn.Identity):
 
     From Goyal et al. 2017, sec. 5.1. In a pre-activation branch, or one without norm weights, it is the last
     convolution: a norm at zero before an activation would pass no gradient.
+
+    Shape: any -> same.
     """
 
     def __init__(self, channels: int) -> None:
@@ -147,7 +149,10 @@ class SkipInit(nn.Module):
 
 
 class ReZero(SkipInit):
-    """One factor for the whole branch, zero at the start (Bachlechner et al. 2021, eq. 1); SkipInit by another name."""
+    """One factor for the whole branch, zero at the start (Bachlechner et al. 2021, eq. 1); SkipInit by another name.
+
+    Shape: (N, ...) -> same.
+    """
 
 
 class Fixup(nn.Module):
@@ -237,4 +242,7 @@ class Gated(nn.Module):
         return f"start={self.start}"
 
 
+#: `Gated` for 1D, 2D and 3D, the value for the option `merge`.
+#:
+#: :meta hide-value:
 gated = by_dims(Gated)

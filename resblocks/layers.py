@@ -24,6 +24,9 @@ Classes = tuple[type[Any], type[Any], type[Any]]  # a family of classes, which i
 
 convolution: Classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 batch_norm: Classes = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+#: Instance norm of torch for 1D, 2D and 3D (Ulyanov et al. 2016), a value for the option `norm`.
+#:
+#: :meta hide-value:
 instance_norm: Classes = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 max_pool: Classes = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 avg_pool: Classes = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -98,17 +101,41 @@ class WeightStandardised(nn.modules.conv._ConvNd):
 
 
 class WSConv1d(WeightStandardised, nn.Conv1d):
-    """Weight-standardised 1D convolution; `eps` is added to the variance, the rest is `nn.Conv1d`'s."""
+    """Weight-standardised 1D convolution (Qiao et al. 2019, eq. 11).
+
+    Args:
+        args, kwargs: those of `nn.Conv1d`.
+        eps: added to the variance of each filter.
+
+    Shape: as `nn.Conv1d`.
+    """
 
 
 class WSConv2d(WeightStandardised, nn.Conv2d):
-    """Weight-standardised 2D convolution; `eps` is added to the variance, the rest is `nn.Conv2d`'s."""
+    """Weight-standardised 2D convolution (Qiao et al. 2019, eq. 11).
+
+    Args:
+        args, kwargs: those of `nn.Conv2d`.
+        eps: added to the variance of each filter.
+
+    Shape: as `nn.Conv2d`.
+    """
 
 
 class WSConv3d(WeightStandardised, nn.Conv3d):
-    """Weight-standardised 3D convolution; `eps` is added to the variance, the rest is `nn.Conv3d`'s."""
+    """Weight-standardised 3D convolution (Qiao et al. 2019, eq. 11).
+
+    Args:
+        args, kwargs: those of `nn.Conv3d`.
+        eps: added to the variance of each filter.
+
+    Shape: as `nn.Conv3d`.
+    """
 
 
+#: `WSConv1d`, `WSConv2d` and `WSConv3d`, the value for the option `conv` (Qiao et al. 2019).
+#:
+#: :meta hide-value:
 weight_standardised: Classes = (WSConv1d, WSConv2d, WSConv3d)
 
 
@@ -119,8 +146,14 @@ def group_norm(channels: int, groups: int | None = None) -> nn.Module:
     """Group norm (Wu and He 2018) with gcd(groups, channels) groups, so that any channel count works.
 
     Args:
+        channels: of the map.
         groups: None is 32, or half the channels where a group would else have one channel only: that is instance norm,
             which leaves nothing of a map of one position.
+
+    Shape: of the layer: (N, channels, ...) -> same.
+
+    Raises:
+        ValueError: channels or groups are below 1.
     """
     check_positive(channels=channels, groups=32 if groups is None else groups)
     found = gcd(32 if groups is None else groups, channels)
@@ -128,7 +161,13 @@ def group_norm(channels: int, groups: int | None = None) -> nn.Module:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm over the channels at each position (as in ConvNeXt, Liu et al. 2022). Shape: (N, C, ...) -> same."""
+    """Layer norm over the channels at each position (as in ConvNeXt, Liu et al. 2022).
+
+    Args:
+        normalized_shape: number of channels; the rest as of `nn.LayerNorm`.
+
+    Shape: (N, C, ...) -> same.
+    """
 
     repeatable = True  # for `resblocks.rebuild`
 
@@ -142,6 +181,10 @@ class FrozenBatchNorm(nn.Module):
     """Batch norm whose statistics and affine are buffers: it never changes, in `train()` either.
 
     Its state dict has the names of `nn.BatchNorm2d`.
+
+    Args:
+        channels: of the map.
+        eps: added to the variance.
 
     Shape: (N, channels, ...) -> same.
     """
@@ -350,9 +393,15 @@ def _average(pool: Layer, channels: int, stride: int) -> nn.Module:
     return pool(stride, stride, ceil_mode=True, count_include_pad=False)
 
 
+#: Average pools for 1D, 2D and 3D, the value for the option `downsample` (He et al. 2019).
+#:
+#: :meta hide-value:
 average_downsample: Family = (
     partial(_average, nn.AvgPool1d),
     partial(_average, nn.AvgPool2d),
     partial(_average, _AvgPool3d),
 )
+#: `BlurPool` for 1D, 2D and 3D, the value for the option `downsample` (Zhang 2019).
+#:
+#: :meta hide-value:
 blur_downsample = by_dims(BlurPool)

@@ -188,6 +188,9 @@ MODELS: dict[str, Build] = {
 def list_models(pattern: str = "*") -> list[str]:
     """The names that match a shell pattern, in order.
 
+    Args:
+        pattern: as in a shell: "*" matches all of them.
+
     Example:
         >>> list_models("wrn*")
         ['wrn_16_4', 'wrn_16_8', 'wrn_28_10', 'wrn_40_4']
