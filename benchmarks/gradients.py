@@ -82,14 +82,27 @@ def study(dataset: Dataset, depths: tuple[int, ...] = DEPTHS, seeds: int = 3) ->
     return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """First over last in the first stage, against depth; the layers of the deepest nets."""
+def by_seed(row: dict[str, Any], what: str, stage: int) -> list[float]:
+    """The ratio of a stage for each seed."""
+    return [ratios(run, stage)[what] for run in row["seeds"]]
+
+
+def by_layer(row: dict[str, Any]) -> list[float]:
+    """Gradient of each weight over that of the last convolution, geometric mean over the seeds."""
+    seeds = [[layer["mean_abs"] for layer in run["layers"]] for run in row["seeds"]]
+    relative = [[size / sizes[-2] for size in sizes] for sizes in seeds]
+    return [statistics.geometric_mean(own) for own in zip(*relative, strict=True)]
+
+
+def draw(rows: list[dict[str, Any]], dataset: str, path: Path) -> None:
+    """First over last in the first stage, against depth, with a band over the seeds; the layers of the deepest nets."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
-    figure, (weights, maps, layers) = pyplot.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    figure, (weights, maps, layers) = pyplot.subplots(1, 3, figsize=(12, 4), layout="constrained")
     for norm, colour in (("batch norm", "#0072B2"), ("no norm", "#D55E00")):
         for skip, style in ((True, "-"), (False, "--")):
             mine = [row for row in rows if (row["norm"], row["skip"]) == (norm, skip)]
@@ -98,8 +111,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             for axes, what in ((weights, "weights"), (maps, "maps")):
                 label = f"{norm}, {'with' if skip else 'without'} skips"
                 axes.plot(depths, [row[what][0] for row in mine], marker="o", markersize=4, label=label, **look)
-            sizes = [layer["mean_abs"] for layer in mine[-1]["seeds"][0]["layers"]]
-            layers.plot(range(1, len(sizes) + 1), [size / sizes[-2] for size in sizes], lw=1.2, **look)
+                seeds = [by_seed(row, what, 0) for row in mine]
+                axes.fill_between(depths, list(map(min, seeds)), list(map(max, seeds)), color=colour, alpha=0.15, lw=0)
+            sizes = by_layer(mine[-1])
+            layers.plot(range(1, len(sizes) + 1), sizes, lw=1.2, **look)
     for axes, what in ((weights, "Gradient of weights"), (maps, "Gradient at outputs of blocks")):
         axes.axhline(1, color="#999999", lw=0.8)
         axes.set(title=f"{what}, stage 1", xlabel="layers", yscale="log", xticks=depths)
@@ -107,7 +122,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.legend(*weights.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside upper center")
     layers.set(title=f"Gradient of weights, {depths[-1]} layers", xlabel="layer, the last is the classifier")
     layers.set_ylabel("over that of the last convolution")
-    layers.set(yscale="log", xticks=depths, xlim=(-2, depths[-1] + 3))
+    layers.set(yscale="log", xlim=(-2, depths[-1] + 3))
+    layers.xaxis.set_major_locator(MaxNLocator(integer=True))
+    named = ", ".join(map(str, range(len(seeds[0]))))
+    said = f"{dataset}, {IMAGES} training images, at initialisation, seeds {named}"
+    figure.supxlabel(f"{said}: geometric mean, band from the smallest to the largest", fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -121,7 +140,8 @@ def main() -> None:
         dataset = load_dataset("cifar10", options.data_dir)
         rows, made = study(dataset), environment(torch.device("cpu"))
         write_json(options.out, {"environment": made, "dataset": dataset.name, "rows": rows})
-    draw(json.loads(options.out.read_text(encoding="utf-8"))["rows"], FIGURE)
+    found = json.loads(options.out.read_text(encoding="utf-8"))
+    draw(found["rows"], found["dataset"], FIGURE)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,72 @@ def train_time() -> Table:
 def dense_time() -> Table:
     """Time of a DenseNet's step over torchvision's."""
     return turns(cases("dense_memory", "time"), "ratio", "layout")
+
+
+def dense_time_short() -> Table:
+    """Medians of the default of a DenseNet over torchvision, a row a net and batch, over the processors."""
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    settings: dict[str, None] = {}
+    for case in cases("dense_memory", "time"):
+        setting = f"{case['dtype']}, {case['layout']}"
+        settings[setting] = None
+        medians = found.setdefault((case["net"], case["batch"]), {})
+        medians.setdefault(setting, []).append(case["rows"]["shared"]["ratio_median"])
+    rows = [
+        [f"`{net}`, batch {batch}", *(span(medians[one]) if one in medians else "not measured" for one in settings)]
+        for (net, batch), medians in found.items()
+    ]
+    return ["net and batch", *settings], rows, "l" + "r" * len(settings)
+
+
+def in_numbers() -> Table:
+    """What the library costs and gains, over the baseline: smallest to largest of the cases that were measured."""
+    steps, dense = read("train_step"), read("dense_memory")
+    answers = read("inference")["cases"]
+    rows = []
+    for name, said in (
+        ("resblocks", "training step"),
+        ("resblocks norms", 'the same, `checkpoint="norms"`'),
+        ("resblocks checkpoint", "the same, `checkpoint=True`"),
+    ):
+        peaks = [net[name]["peak_ratio"] for net in steps["memory"].values()]
+        rows.append([said, span(peaks), *by_processor(steps["time"], name)])
+    peaks = [net["shared"]["peak_bytes"] / net["torchvision"]["peak_bytes"] for net in dense["memory"].values()]
+    rows.append(["training step of a DenseNet", span(peaks), *by_processor(dense["time"], "shared")])
+    for dtype, baseline, said in (
+        ("float32", "torchvision", "fused, prepacked net, float32"),
+        ("float32", "torchvision channels_last", "the same, over torchvision in channels_last"),
+        ("bfloat16", "torchvision channels_last", "the same, both in bfloat16 and channels_last"),
+    ):
+        mine = [case for case in answers if case["dtype"] == dtype]
+        rows.append([said, "", *by_processor(mine, "resblocks fused, prepacked", baseline)])
+    return ["what", "peak of memory", *(f"time, {name}" for name in PROCESSORS)], rows, "lrrr"
+
+
+PROCESSORS = ("AVX512", "AVX2")
+
+
+def by_processor(found: list[dict[str, Any]], name: str, baseline: str | None = None) -> list[str]:
+    """The span of a contestant's median ratios of time on each processor, to a contestant or to the case's baseline."""
+    cells = []
+    for processor in PROCESSORS:
+        medians = []
+        for case in found:
+            if processor not in case["environment"]["device"].split(", ") or name not in case["rows"]:
+                continue
+            if baseline is None:
+                medians.append(case["rows"][name]["ratio_median"])
+            else:
+                pairs = zip(case["rows"][name]["seconds"], case["rows"][baseline]["seconds"], strict=True)
+                medians.append(statistics.median(mine / theirs for mine, theirs in pairs))
+        cells.append(span(medians) if medians else "")
+    return cells
+
+
+def span(values: list[float]) -> str:
+    """Smallest to largest."""
+    low, high = (f"{find(values):.2f}" for find in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def inference() -> Table:
@@ -120,6 +187,8 @@ TABLES = {
     "train-memory": train_memory,
     "train-time": train_time,
     "dense-time": dense_time,
+    "dense-time-short": dense_time_short,
+    "in-numbers": in_numbers,
     "small-maps": small_maps,
     "import-time": import_time,
     "scaling": scaling,

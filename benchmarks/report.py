@@ -14,11 +14,13 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import compat
+import gradients
 import options
 import performance_tables
 import runs
@@ -41,10 +43,19 @@ def table(header: list[str], rows: list[list[str]], align: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def complexity_table() -> str:
-    """Parameters and MACs of the named nets with their sources."""
+def kind_of(net: dict[str, Any]) -> str:
+    """Which table of named nets it is in."""
+    if net["name"].startswith("baseline"):
+        return "baselines"
+    return "imagenet" if net["input_size"][1:] == [224, 224] else "cifar"
+
+
+def complexity_table(kind: str) -> str:
+    """Parameters and MACs of the named nets of a kind with their sources."""
     rows = []
     for net in json.loads(COMPLEXITY.read_text(encoding="utf-8"))["nets"]:
+        if kind_of(net) != kind:
+            continue
         options = ", ".join(f"{key}={value!r}" for key, value in net["options"].items())
         size = "x".join(map(str, net["input_size"][1:]))
         printed = net.get("params_paper_millions")
@@ -136,7 +147,7 @@ def compat_table() -> str:
             outcome = measured[net].get(check, {"outcome": missing})["outcome"]
             if outcome not in ("pass", missing):
                 why = compat.IMPOSSIBLE.get((net, check), outcome)
-                failures.append(f"- {net}, {check}: {why}")
+                failures.append(f"- {net}, {HEADS.get(check, check)}: {why}")
                 outcome = "no"
             cells.append(outcome)
         rows.append([net if net in compat.SMALL else f"`{net}`", *cells])
@@ -144,7 +155,7 @@ def compat_table() -> str:
     said = "\n".join(
         ["", *failures, "", f"With torch {' and '.join(versions)}; the results file says which where.", ""]
     )
-    return table(["net", *checks], rows, "l" * (1 + len(checks))) + said
+    return table(["net", *(HEADS.get(check, check) for check in checks)], rows, "l" * (1 + len(checks))) + said
 
 
 def recipes_table() -> str:
@@ -157,14 +168,25 @@ def recipes_table() -> str:
 
 
 def gradients_table() -> str:
-    """Gradients first over last in each stage at initialisation, and how the maps grow from first to last."""
-    measured = json.loads((RESULTS / "gradients_cpu_2026-11.json").read_text(encoding="utf-8"))
+    """Gradients first over last in each stage at initialisation, and how the maps grow from first to last.
+
+    A line a stage: the mean, and the smallest and the largest of the seeds.
+    """
+    measured = json.loads(gradients.RESULTS.read_text(encoding="utf-8"))
+
+    def cell(row: dict[str, Any], what: str) -> str:
+        lines = []
+        for stage, mean in enumerate(row[what]):
+            seeds = gradients.by_seed(row, what, stage)
+            lines.append(f"{two_digits(mean)} ({two_digits(min(seeds))} to {two_digits(max(seeds))})")
+        return "<br>".join(lines)
+
     rows = [
         [
             str(row["depth"]),
             row["norm"],
             "with" if row["skip"] else "without",
-            *(", ".join(two_digits(ratio) for ratio in row[what]) for what in ("weights", "maps", "growth")),
+            *(cell(row, what) for what in ("weights", "maps", "growth")),
         ]
         for row in measured["rows"]
     ]
@@ -181,7 +203,7 @@ def gradients_table() -> str:
 
 def two_digits(number: float) -> str:
     """As people write it: no exponent."""
-    return f"{float(f'{number:.2g}'):,.10g}"
+    return f"{Decimal(f'{number:.2g}'):,f}"
 
 
 def call(build: Any) -> str:
@@ -196,6 +218,8 @@ def call(build: Any) -> str:
     return build.__name__ if callable(build) else repr(build)
 
 
+# The checks of torch.compile whose backends generate no code.
+HEADS = {"compile": "compile, captured", "compile in training": "compile in training, captured"}
 MEASURED = {
     "logits": "logits",
     "train_logits": "logits in training",
@@ -203,7 +227,7 @@ MEASURED = {
     "input_gradient": "gradient of input",
 }
 TABLES = {
-    "complexity": complexity_table,
+    **{f"complexity-{kind}": partial(complexity_table, kind) for kind in ("imagenet", "cifar", "baselines")},
     "compat": compat_table,
     "names-out": names_out_table,
     "names-timm": partial(names_table, "timm"),

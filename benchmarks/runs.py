@@ -30,6 +30,8 @@ PUBLISHED = ROOT / "tests" / "expected" / "cifar10.json"
 FIGURES = ROOT / "docs" / "figures"
 # The options of a run that decide its time and rounding, as they are where a run does not say them.
 OPTIONS = {"channels_last": True, "small_maps": False, "compile": None, "graph": False, "deterministic": False}
+# The programmes that answer whether skips help.
+BOTH_WAYS = ("paper-15-whole-cpu", "degradation-cpu", "degradation-float32-cpu")
 # What is shown of each programme, with what the picture says to those who do not see it.
 SHOWN = {
     "figure4_training_all": "Training accuracy and loss by epoch",
@@ -99,6 +101,31 @@ def tables(programme: str, *left_out: str) -> str:
     return "\n".join([*parts, f"Every epoch of every run, gradients by layer too: `{where}/`.\n"])
 
 
+def with_and_without() -> str:
+    """Accuracy with and without skips of each net that was trained both ways by one recipe, in `BOTH_WAYS`."""
+    rows = []
+    for programme in BOTH_WAYS:
+        for group in groups([run for run in read(programme) if "failed" not in run]):
+            by_name: dict[str, list[dict[str, Any]]] = {}
+            for run in group:
+                by_name.setdefault(run["name"], []).append(run)
+            for name in [name for name in by_name if f"{name}_noskip" in by_name]:
+                both = by_name[name], by_name[f"{name}_noskip"]
+                cells = [
+                    mean_and_std([run["epochs"][-1][f"{what}_accuracy_percent"] for run in same], 2)
+                    for what in ("eval", "train")
+                    for same in both
+                ]
+                settings = group[0]["settings"]
+                rows.append([title(name), f"{settings['recipe']['epochs']}, {settings['precision']}", *cells])
+    columns = [f"{what} %, {how} skips" for what in ("test", "training") for how in ("with", "without")]
+    return markdown(["net", "epochs", *columns], ["---", "---", *["---:"] * 4], rows)
+
+
+def markdown(header: list[str], rule: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows)) + "\n"
+
+
 def caption(group: list[dict[str, Any]]) -> str:
     """What all runs of a table have in common."""
     settings, made_with = group[0]["settings"], environments(group)
@@ -142,8 +169,7 @@ def table(group: list[dict[str, Any]], *left_out: str) -> str:
     if not is_cifar10:
         left_out = (*left_out, "published, %")
     kept = [name for name in header if name not in left_out and any(row[name] for row in rows)]  # none says nothing
-    lines = [kept, ["---", *["---:"] * (len(kept) - 1)], *([row[name] for name in kept] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown(kept, ["---", *["---:"] * (len(kept) - 1)], [[row[name] for name in kept] for row in rows])
 
 
 def mean_and_std(values: Sequence[float], digits: int) -> str:
@@ -153,7 +179,7 @@ def mean_and_std(values: Sequence[float], digits: int) -> str:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Student's 95 % interval of the mean; nothing for a single run."""
+    """Student's 95 % interval of the mean, cut at 100 %, which no accuracy exceeds; nothing for a single run."""
     if len(values) < 2:
         return ""
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
@@ -242,6 +268,7 @@ def update_figures(check: bool) -> list[str]:
 
 
 REGIONS: dict[str, Callable[[], str]] = {
+    "runs-short": with_and_without,
     **{f"runs-{programme}": partial(section, programme) for programme in sweep.PROGRAMMES},
     # Where times are not explained, they would be compared.
     **{f"runs-{programme}-table": partial(tables, programme, "training, s") for programme in sweep.PROGRAMMES},

@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py            # a minute on a core; writes the file and the figure
     python benchmarks/scaling.py --check    # counts again, fails where the file says otherwise
+    python benchmarks/scaling.py --draw     # the figure alone, from the file
 
 Counted operator by operator on the meta device (`live_bytes.py`): exact, and the same on every machine.
 """
@@ -94,16 +95,16 @@ def draw(found: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     looks = {
-        "resblocks": ("#2a6f97", "torchvision and resblocks"),
-        "resblocks norms": ("#d08770", 'checkpoint="norms"'),
-        "resblocks checkpoint": ("#01497c", "checkpoint=True"),
+        "resblocks": ("#0072B2", "-", "o", "torchvision and resblocks"),
+        "resblocks norms": ("#D55E00", "--", "s", 'checkpoint="norms"'),
+        "resblocks checkpoint": ("#009E73", "-.", "^", "checkpoint=True"),
     }
     figure, every = pyplot.subplots(1, len(found), figsize=(11, 3.2), layout="constrained", sharey=True)
     for axes, (name, points) in zip(every, found.items(), strict=True):
         x = [int(value) for value in points]
-        for contestant, (colour, label) in looks.items():
+        for contestant, (colour, style, marker, label) in looks.items():
             ratios = [rows[contestant]["peak_ratio"] for rows in points.values()]
-            axes.plot(x, ratios, marker="o", markersize=3.5, color=colour, label=label)
+            axes.plot(x, ratios, linestyle=style, marker=marker, markersize=4, color=colour, label=label)
         axes.set(xscale="log", xlabel=CHANGED[name], ylim=(0, 1.1))
         axes.set_xticks(x, [str(value) for value in x])
         axes.minorticks_off()
@@ -121,8 +122,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare with the file")
+    parser.add_argument("--draw", action="store_true", help="draw the figure from the file, count nothing")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.draw:
+        draw(json.loads(options.out.read_text(encoding="utf-8"))["curves"], FIGURE)
+        return
     check_the_counter("meta")
     found = curves()
     if options.check:

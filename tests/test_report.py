@@ -96,8 +96,8 @@ def test_table_of_the_readme_compares_no_times(runs: Any) -> None:
     [
         ({"one": [0]}, "seed 0"),
         ({"one": [1, 0], "two": [0, 1]}, "seeds 0, 1"),
-        ({"one": [0, 1, 2], "two": [0]}, "1 to 3 seeds a net"),
-        ({"one": [0], "two": [1]}, "1 seed a net"),
+        ({"one": [0, 1, 2], "two": [0]}, "1 to 3 of the seeds 0, 1, 2 a net"),
+        ({"one": [0], "two": [1]}, "1 of the seeds 0, 1 a net"),
     ],
 )
 def test_seeds_are_said_of_all_nets_or_counted(seeds: dict[str, list[int]], words: str) -> None:
@@ -109,6 +109,12 @@ def test_interval_is_students(runs: Any) -> None:
     low, high = stats.t.interval(0.95, 2, loc=sum(values) / 3, scale=stats.sem(values))
     assert runs.interval(values) == f"{low:.2f} to {high:.2f}"
     assert runs.interval(values[:1]) == ""
+    assert runs.interval([99.9, 99.8, 100.0]) == "99.65 to 100.00"  # no accuracy is above
+
+
+def test_numbers_have_two_digits_and_no_exponent(report: dict[str, Any]) -> None:
+    numbers = (1.0e-5, 0.0285, 2.04, 1_430_000.0)
+    assert [report["two_digits"](number) for number in numbers] == ["0.00001", "0.028", "2", "1,400,000"]
 
 
 def test_table_says_what_is_missing_and_what_diverged(runs: Any) -> None:
@@ -186,7 +192,7 @@ def test_figures_are_drawn_again_when_a_run_changes(runs: Any) -> None:
 
 
 def test_unknown_region_raises(report: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"region must be one of complexity, .*, got 'speed'"):
+    with pytest.raises(ValueError, match=r"region must be one of complexity-imagenet, .*, got 'speed'"):
         report["rewrite"]("<!-- speed:begin -->\n<!-- speed:end -->\n")
 
 

@@ -32,15 +32,19 @@ def title(variant: str) -> str:
 
 
 def seeds_in_words(runs: Iterable[tuple[str, int]]) -> str:
-    """The seeds of runs given as (net, seed): "seeds 0, 1", or "1 to 3 seeds a net" where nets have other ones."""
+    """The seeds of runs given as (net, seed): "seeds 0, 1".
+
+    Where the nets have different ones: "1 to 3 of the seeds 0, 1, 2 a net".
+    """
     by_net: dict[str, set[int]] = {}
     for net, seed in runs:
         by_net.setdefault(net, set()).add(seed)
-    first, *others = by_net.values()
-    if any(seeds != first for seeds in others):
-        counts = sorted({len(seeds) for seeds in by_net.values()})
-        return f"{' to '.join(map(str, {counts[0]: 0, counts[-1]: 0}))} seed{'s' * (counts[-1] > 1)} a net"
-    return f"seed{'s' * (len(first) > 1)} {', '.join(map(str, sorted(first)))}"
+    used = sorted(set().union(*by_net.values()))
+    named = f"seed{'s' * (len(used) > 1)} {', '.join(map(str, used))}"
+    counts = sorted({len(seeds) for seeds in by_net.values()})
+    if counts == [len(used)]:
+        return named
+    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} of the {named} a net"
 
 
 @dataclass
