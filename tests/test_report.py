@@ -113,8 +113,8 @@ def test_interval_is_students(runs: Any) -> None:
 
 
 def test_numbers_have_two_digits_and_no_exponent(report: dict[str, Any]) -> None:
-    numbers = (1.0e-5, 0.0285, 2.04, 1_430_000.0)
-    assert [report["two_digits"](number) for number in numbers] == ["0.00001", "0.028", "2", "1,400,000"]
+    numbers = (1.0e-5, 0.0287, 2.04, 1_430_000.0)
+    assert [report["two_digits"](number) for number in numbers] == ["0.00001", "0.029", "2", "1,400,000"]
 
 
 def test_table_says_what_is_missing_and_what_diverged(runs: Any) -> None:

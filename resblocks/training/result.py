@@ -39,7 +39,7 @@ def seeds_in_words(runs: Iterable[tuple[str, int]]) -> str:
     by_net: dict[str, set[int]] = {}
     for net, seed in runs:
         by_net.setdefault(net, set()).add(seed)
-    used = sorted(set().union(*by_net.values()))
+    used = sorted({seed for seeds in by_net.values() for seed in seeds})
     named = f"seed{'s' * (len(used) > 1)} {', '.join(map(str, used))}"
     counts = sorted({len(seeds) for seeds in by_net.values()})
     if counts == [len(used)]:
