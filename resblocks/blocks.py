@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from resblocks.checks import check_positive
 from resblocks.dense import run_block, run_pool
 from resblocks.dense_plan import Memory, check_memory, pool_commutes
-from resblocks.layers import avg_pool, named
+from resblocks.layers import Stride, avg_pool, named, one_stride
 from resblocks.options import BlockLayers, BlockOptions, LayerOptions, Layers
 from resblocks.residual import Concat, Residual
 from resblocks.shortcuts import make_shortcut
@@ -21,7 +21,8 @@ class BasicBlock(Residual):
     """Two 3x3 convolutions (He et al. 2015, fig. 5 left).
 
     Args:
-        in_channels, out_channels, stride: of the block; the stride sits on the first convolution.
+        in_channels, out_channels, stride: of the block; the stride, one for all dimensions or a tuple with one for
+            each, sits on the first convolution.
         groups: groups of both convolutions.
         skip: False drops the shortcut and its weights, giving the plain net of He et al.
         options: `resblocks.options.BlockLayers` documents them.
@@ -36,13 +37,14 @@ class BasicBlock(Residual):
         self,
         in_channels: int,
         out_channels: int,
-        stride: int = 1,
+        stride: Stride = 1,
         *,
         groups: int = 1,
         skip: bool = True,
         **options: Unpack[BlockOptions],
     ) -> None:
         make = BlockLayers(**options)
+        stride = one_stride(stride, make.dims)
         branch = named(
             conv1=make.strided_conv(in_channels, out_channels, 3, stride, groups=groups),
             norm1=make.norm(out_channels),
@@ -83,7 +85,7 @@ class Bottleneck(Residual):
         self,
         in_channels: int,
         out_channels: int,
-        stride: int = 1,
+        stride: Stride = 1,
         *,
         groups: int = 1,
         base_width: int = 64,
@@ -92,6 +94,7 @@ class Bottleneck(Residual):
         **options: Unpack[BlockOptions],
     ) -> None:
         make = BlockLayers(**options)
+        stride = one_stride(stride, make.dims)
         width = bottleneck_width(out_channels, groups, base_width, expansion)
         branch = named(
             conv1=make.conv(in_channels, width, 1),
@@ -139,7 +142,7 @@ class ResNeXtBlock(Bottleneck):
         self,
         in_channels: int,
         out_channels: int,
-        stride: int = 1,
+        stride: Stride = 1,
         *,
         cardinality: int = 32,
         base_width: int = 4,
@@ -174,13 +177,14 @@ class PreActBasicBlock(Residual):
         self,
         in_channels: int,
         out_channels: int,
-        stride: int = 1,
+        stride: Stride = 1,
         *,
         groups: int = 1,
         skip: bool = True,
         **options: Unpack[BlockOptions],
     ) -> None:
         make = BlockLayers(**options)
+        stride = one_stride(stride, make.dims)
         preact, first = fork(make, in_channels, out_channels, stride)
         branch = named(
             **first,
@@ -209,7 +213,7 @@ class PreActBottleneck(Residual):
         self,
         in_channels: int,
         out_channels: int,
-        stride: int = 1,
+        stride: Stride = 1,
         *,
         groups: int = 1,
         base_width: int = 64,
@@ -218,6 +222,7 @@ class PreActBottleneck(Residual):
         **options: Unpack[BlockOptions],
     ) -> None:
         make = BlockLayers(**options)
+        stride = one_stride(stride, make.dims)
         width = bottleneck_width(out_channels, groups, base_width, expansion)
         preact, first = fork(make, in_channels, out_channels, stride)
         branch = named(
@@ -239,7 +244,7 @@ class PreActBottleneck(Residual):
 
 
 def fork(
-    make: BlockLayers, in_channels: int, out_channels: int, stride: int
+    make: BlockLayers, in_channels: int, out_channels: int, stride: Stride
 ) -> tuple[nn.Module | None, dict[str, nn.Module | None]]:
     """Where the first norm and activation of a pre-activation block go: (before the fork, into the branch).
 
@@ -286,7 +291,7 @@ class DenseLayer(Residual):
         self,
         in_channels: int,
         out_channels: int,
-        stride: int = 1,
+        stride: Stride = 1,
         *,
         bn_size: int | None = 4,
         skip: bool = True,
@@ -316,7 +321,7 @@ class DenseLayer(Residual):
         self.out_channels = out_channels if skip else growth_rate
 
 
-def check_growth(in_channels: int, out_channels: int, stride: int) -> int:
+def check_growth(in_channels: int, out_channels: int, stride: Stride) -> int:
     """The channels that a dense layer or block adds, at least one, at stride 1."""
     check_positive(in_channels=in_channels, out_channels=out_channels)
     if out_channels <= in_channels:
@@ -382,7 +387,7 @@ class DenseBlock(Sliceable):
         self,
         in_channels: int,
         out_channels: int,
-        stride: int = 1,
+        stride: Stride = 1,
         *,
         growth_rate: int = 32,
         bn_size: int | None = 4,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import repeat
 from math import gcd
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from einops import rearrange, reduce
@@ -30,6 +31,32 @@ batch_norm: Classes = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 instance_norm: Classes = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 max_pool: Classes = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 avg_pool: Classes = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+
+Stride: TypeAlias = int | tuple[int, ...]  # the same in all dimensions, or one for each
+
+
+def one_stride(stride: object, dims: int | None = None, name: str = "stride") -> Stride:
+    """The stride as an integer where it is the same in all dimensions, else as a tuple with one for each.
+
+    Raises:
+        ValueError: no positive integer, nor so many of them as there are dimensions.
+    """
+    if not isinstance(stride, (tuple, list)):
+        check_positive(**{name: stride})
+        return cast(int, stride)
+    if len(stride) != (len(stride) if dims is None else dims) or any(type(n) is not int or n < 1 for n in stride):
+        where = "each dimension" if dims is None else f"each of the {dims} dimensions"
+        raise ValueError(f"{name} must be a positive integer, or one for {where}, got {stride!r}")
+    return stride[0] if len(set(stride)) == 1 else tuple(stride)
+
+
+def times(one: Stride, other: Stride) -> Stride:
+    """The stride of two layers, one behind the other."""
+    if isinstance(one, int) and isinstance(other, int):
+        return one * other
+    each = (repeat(stride) if isinstance(stride, int) else stride for stride in (one, other))
+    return one_stride([first * second for first, second in zip(*each, strict=False)])
 
 
 def by_dims(layer: Layer) -> Family:
@@ -282,13 +309,16 @@ class BlurPool(nn.Module):
     Shape: (N, channels, L, ...) -> (N, channels, ceil(L / stride), ...).
     """
 
-    def __init__(self, channels: int, stride: int, dims: int = 2, border: str = "replicate", dilation: int = 1) -> None:
+    def __init__(
+        self, channels: int, stride: Stride, dims: int = 2, border: str = "replicate", dilation: int = 1
+    ) -> None:
         super().__init__()
         check_dims(dims)
-        check_positive(channels=channels, stride=stride, dilation=dilation)
+        check_positive(channels=channels, dilation=dilation)
         if border not in ("replicate", "reflect", "constant"):
             raise ValueError(f"border must be replicate, reflect or constant, got {border!r}")
-        self.channels, self.stride, self.dims, self.border, self.dilation = channels, stride, dims, border, dilation
+        self.channels, self.stride, self.dims, self.border = channels, one_stride(stride, dims), dims, border
+        self.dilation = dilation
 
     def forward(self, x: Tensor) -> Tensor:
         # Made anew, on the device of x: a constant kept as a buffer is lost where a net comes from the meta device.
@@ -318,15 +348,16 @@ def replicated(x: Tensor, width: int) -> Tensor:
 
 
 @torch.fx.wrap
-def small_avg_pool3d(x: Tensor, window: int) -> Tensor:
+def small_avg_pool3d(x: Tensor, window: Stride) -> Tensor:
     """Average pool over windows that shrink to maps smaller than they are, as those of 1D and 2D do."""
-    size = [min(window, size) for size in x.shape[2:]]
+    windows = (window,) * 3 if isinstance(window, int) else window
+    size = list(map(min, windows, x.shape[2:]))
     return nn.functional.avg_pool3d(x, size, window, ceil_mode=True, count_include_pad=False)
 
 
 class _AvgPool3d(nn.AvgPool3d):
     def forward(self, x: Tensor) -> Tensor:
-        return small_avg_pool3d(x, cast(int, self.kernel_size))
+        return small_avg_pool3d(x, cast(Stride, self.kernel_size))
 
 
 class SpreadAverage(nn.Module):
@@ -389,7 +420,7 @@ def at_every_position(pool: nn.Module, dilation: int) -> nn.Module:
     )
 
 
-def _average(pool: Layer, channels: int, stride: int) -> nn.Module:
+def _average(pool: Layer, channels: int, stride: Stride) -> nn.Module:
     return pool(stride, stride, ceil_mode=True, count_include_pad=False)
 
 

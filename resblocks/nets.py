@@ -17,7 +17,7 @@ from resblocks.config import recorded
 from resblocks.dense_plan import Memory
 from resblocks.init import init_weights
 from resblocks.joins import Fixup
-from resblocks.layers import Family, GlobalAvgPool, Layer, max_pool, named
+from resblocks.layers import Family, GlobalAvgPool, Layer, Stride, max_pool, named, one_stride, times
 from resblocks.options import (
     LayerOptions,
     Layers,
@@ -43,7 +43,7 @@ class Network(nn.Module):
         final: what comes between the last stage and the pool: norm and activation after pre-activation blocks.
         num_classes: outputs of the head; 0 leaves the pooled features.
         stage_channels: channels that each stage puts out.
-        stage_strides: pixels of the input for one of each stage's output, along each dimension.
+        stage_strides: pixels of the input for one of each stage's output: a number, or a tuple where dimensions differ.
         checkpoint: with "norms" stem and `final` rebuild norms and activations as blocks do; see `Residual`.
 
     Shape: (N, in_channels, H, W) -> (N, num_classes), or (N, num_features) with num_classes=0; likewise in 1D and 3D.
@@ -61,7 +61,7 @@ class Network(nn.Module):
         *,
         num_classes: int,
         stage_channels: Sequence[int],
-        stage_strides: Sequence[int],
+        stage_strides: Sequence[Stride],
         checkpoint: Checkpoint = False,
     ) -> None:
         super().__init__()
@@ -184,7 +184,8 @@ class ResNet(Network):
         block: block class or partial; `partial(Bottleneck, groups=32, base_width=4)` makes a ResNeXt.
         depths: number of blocks in each stage.
         widths: channels that come out of each stage, 256, 512, 1024, 2048 for resnet50.
-        strides: of the first block of each stage; None is 1, then 2 for each further stage.
+        strides: of the first block of each stage, each a number or a tuple with one for each dimension; None is 1, then
+            2 for each further stage.
         stem: "imagenet" (7x7 stride 2, max-pool), "cifar" (3x3), "deep" (three 3x3, max-pool: ResNet-C, He et al.
             2019), "tiered" (deep with a narrower first 3x3: ResNet-T of timm), or a callable of in_channels and
             stem_width; its module tells its total `stride`, unless it is an `nn.Sequential` of layers that do.
@@ -213,7 +214,7 @@ class ResNet(Network):
         depths: Sequence[int],
         widths: Sequence[int],
         *,
-        strides: Sequence[int] | None = None,
+        strides: Sequence[Stride] | None = None,
         stem: Stem = "imagenet",
         stem_width: int = 64,
         stem_pool: Layer | Family | None = None,
@@ -226,13 +227,15 @@ class ResNet(Network):
     ) -> None:
         check_sequence(depths=depths)
         strides = [1] + [2] * (len(depths) - 1) if strides is None else strides
-        check_stages(depths=depths, widths=widths, strides=strides)
+        check_lengths(depths=depths, widths=widths, strides=strides)
+        check_stages(depths=depths, widths=widths)
         check_probability(drop_path=drop_path)
         check_skip(skip)
         make = Layers(**layer_options(options))
         preactivated = getattr(inside(block), "preactivated", False)
         stem_module, stem_stride = make_stem(make, stem, in_channels, stem_width, stem_pool, activated=not preactivated)
-        plans = plan_stages(strides, stem_stride, output_stride)
+        each = [one_stride(stride, make.dims, f"strides[{stage}]") for stage, stride in enumerate(strides)]
+        plans = plan_stages(each, stem_stride, output_stride)
         drops = iter([drop_path * (number + 1) / sum(depths) for number in range(sum(depths))])
         stages, stage_channels, channels = [], [], stem_width
         for depth, width, plan in zip(depths, widths, plans, strict=True):
@@ -307,7 +310,7 @@ class DenseNet(Network):
             transition = None
             if number > 0:
                 transition = Transition(channels, max(1, int(channels * compression)), memory=memory, **of_layers)
-                channels, total = transition.out_channels, total * 2
+                channels, total = transition.out_channels, times(total, 2)
             grown = channels + depth * growth_rate
             block = DenseBlock(
                 channels, grown, growth_rate=growth_rate, bn_size=bn_size, skip=skip, memory=memory, **options
@@ -373,36 +376,45 @@ class BaselineCNN(Network):
             nn.Identity(),
             num_classes=num_classes,
             stage_channels=widths,
-            stage_strides=[total * 2**number for number in range(len(depths))],
+            stage_strides=[times(total, 2**number) for number in range(len(depths))],
         )
 
 
 class StagePlan(NamedTuple):
     """How a stage reduces the resolution: the stride and dilation of its first block, the dilation of the others."""
 
-    stride: int
+    stride: Stride
     first_dilation: int
     dilation: int
-    total: int
+    total: Stride
 
 
-def plan_stages(strides: Sequence[int], stem_stride: int, output_stride: int | None) -> list[StagePlan]:
+def plan_stages(strides: Sequence[Stride], stem_stride: Stride, output_stride: int | None) -> list[StagePlan]:
     """Turn strides into dilations from where the total stride would pass output_stride (as in torchvision)."""
-    if output_stride is not None and (type(output_stride) is not int or output_stride < stem_stride):
-        raise ValueError(
-            f"output_stride must be an integer of at least the stride of the stem, {stem_stride}, got {output_stride!r}"
-        )
+    check_output_stride(output_stride, stem_stride, strides)
     plans, total, dilation = [], stem_stride, 1
     for stride in strides:
-        first = dilation
-        if output_stride is not None and total * stride > output_stride:
-            dilation, stride = dilation * stride, 1
-        total *= stride
+        first, further = dilation, times(total, stride)
+        if output_stride is not None and cast(int, further) > output_stride:
+            dilation, stride = dilation * cast(int, stride), 1
+        total = times(total, stride)
         plans.append(StagePlan(stride, first, dilation, total))
     return plans
 
 
-def make_block(block: Block, in_channels: int, width: int, stride: int, options: dict[str, object]) -> nn.Module:
+def check_output_stride(output_stride: object, stem_stride: Stride, strides: Sequence[Stride]) -> None:
+    """Raise unless dilations can keep the total stride at output_stride, or it is None."""
+    if output_stride is None:
+        return
+    if tuples := [stride for stride in (stem_stride, *strides) if not isinstance(stride, int)]:
+        raise ValueError(f"output_stride must be None where strides differ between dimensions, got strides {tuples}")
+    if type(output_stride) is not int or output_stride < cast(int, stem_stride):
+        raise ValueError(
+            f"output_stride must be an integer of at least the stride of the stem, {stem_stride}, got {output_stride!r}"
+        )
+
+
+def make_block(block: Block, in_channels: int, width: int, stride: Stride, options: dict[str, object]) -> nn.Module:
     """Build one block by the protocol, and raise where it does not keep it."""
     if isinstance(block, nn.Module) or not callable(block):
         raise ValueError(f"block must be a class or callable that makes blocks, got {block!r}")
@@ -472,11 +484,16 @@ def layer_options(options: NetOptions) -> LayerOptions:
 
 def check_stages(**lists: Sequence[int]) -> None:
     """Raise unless the lists have one length of at least 1 and hold integers of at least 1."""
+    check_lengths(**lists)
+    for name, values in lists.items():
+        for stage, value in enumerate(values):
+            check_positive(**{f"{name}[{stage}]": value})
+
+
+def check_lengths(**lists: Sequence[object]) -> None:
+    """Raise unless the lists have one length of at least 1."""
     check_sequence(**lists)
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         said = ", ".join(f"{length} {name}" for name, length in lengths.items())
         raise ValueError(f"{' and '.join(lists)} must have one entry for each of at least one stage, got {said}")
-    for name, values in lists.items():
-        for stage, value in enumerate(values):
-            check_positive(**{f"{name}[{stage}]": value})

@@ -19,12 +19,14 @@ from resblocks.joins import DropPath, Gated
 from resblocks.layers import (
     Family,
     Layer,
+    Stride,
     at_every_position,
     avg_pool,
     batch_norm,
     convolution,
     instance_norm,
     max_pool,
+    one_stride,
     weight_standardised,
 )
 from resblocks.residual import Checkpoint
@@ -148,7 +150,7 @@ class Layers:
             raise ValueError(f"{option} must be one layer or a triple, for 1D, 2D and 3D, got {layer!r}")
         return layer[self.dims - 1]
 
-    def pooling(self, layer: Layer | Family, channels: int, stride: int, option: str) -> nn.Module:
+    def pooling(self, layer: Layer | Family, channels: int, stride: Stride, option: str) -> nn.Module:
         """Make what reduces the resolution of so many channels by the stride."""
         make = inside(self._of_dims(layer, option))
         if isinstance(make, type) and issubclass(make, POOLS):
@@ -163,15 +165,13 @@ class Layers:
         in_channels: int,
         out_channels: int,
         kernel_size: int,
-        stride: int = 1,
+        stride: Stride = 1,
         *,
         dilation: int = 1,
         groups: int = 1,
     ) -> nn.Module:
         """Convolution that keeps the size at stride 1; biased only where the recipe has no norm."""
-        check_positive(
-            in_channels=in_channels, out_channels=out_channels, stride=stride, dilation=dilation, groups=groups
-        )
+        check_positive(in_channels=in_channels, out_channels=out_channels, dilation=dilation, groups=groups)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd to keep the size of the map, got {kernel_size}")
         for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
@@ -185,7 +185,7 @@ class Layers:
             out_channels,
             kernel_size,
             option="conv",
-            stride=stride,
+            stride=one_stride(stride, self.dims),
             padding=dilation * (kernel_size // 2),
             dilation=dilation,
             groups=groups,
@@ -285,11 +285,11 @@ class BlockLayers(Layers):
             )
         return attention
 
-    def keeps_shape(self, in_channels: int, out_channels: int, stride: int) -> bool:
+    def keeps_shape(self, in_channels: int, out_channels: int, stride: Stride) -> bool:
         """Whether a block puts out the shape that it reads, and would without dilation."""
         return stride == self.dilation // self.first_dilation == 1 and in_channels == out_channels
 
-    def pool(self, channels: int, stride: int, layer: Layer | Family | None = None) -> nn.Module | None:
+    def pool(self, channels: int, stride: Stride, layer: Layer | Family | None = None) -> nn.Module | None:
         """What reduces the resolution, None where the stride of a convolution does.
 
         Where a dilation replaces the stride, the same at every position.
@@ -306,11 +306,10 @@ class BlockLayers(Layers):
         return at_every_position(self.pooling(layer, channels, replaced, "downsample"), self.first_dilation)
 
     def strided_conv(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, *, groups: int = 1
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: Stride, *, groups: int = 1
     ) -> nn.Module:
         """The first 3x3 convolution, which carries the block's stride, unless `pool` does."""
-        check_positive(stride=stride)
-        if stride > 1 and self.first_dilation != self.dilation:
+        if stride != 1 and self.first_dilation != self.dilation:
             raise ValueError(
                 f"stride must be 1 where a dilation replaces it, got {stride} with dilation={self.dilation} and "
                 f"first_dilation={self.first_dilation}"

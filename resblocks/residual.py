@@ -226,7 +226,8 @@ def in_words(layer: nn.Module) -> str:
         return ", ".join(in_words(child) for child in layer)
     if isinstance(layer, _ConvNd):
         size = "x".join(map(str, layer.kernel_size))
-        stride = "" if set(layer.stride) == {1} else f" / {layer.stride[0]}"
+        each = "x".join(map(str, dict.fromkeys(layer.stride) if len(set(layer.stride)) == 1 else layer.stride))
+        stride = "" if each == "1" else f" / {each}"
         groups = "" if layer.groups == 1 else f" in {layer.groups} groups"
         return f"{size} {layer.in_channels}-{layer.out_channels}{stride}{groups}"
     return type(layer).__name__

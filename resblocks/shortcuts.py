@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from resblocks.checks import check_positive
-from resblocks.layers import average_downsample, named
+from resblocks.layers import Stride, average_downsample, named, one_stride
 from resblocks.options import BlockLayers
 
 
@@ -20,19 +20,20 @@ class ZeroPad(nn.Module):
         ValueError: fewer channels out than in.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: Stride = 1) -> None:
         super().__init__()
-        check_positive(in_channels=in_channels, out_channels=out_channels, stride=stride)
+        check_positive(in_channels=in_channels, out_channels=out_channels)
         if out_channels < in_channels:
             raise ValueError(
                 f"out_channels must not be below in_channels with shortcut A, which only adds channels of zeros, "
                 f"got in_channels={in_channels}, out_channels={out_channels}"
             )
         self.new_channels = out_channels - in_channels
-        self.stride = stride
+        self.stride = one_stride(stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        every = (slice(None),) * 2 + (slice(None, None, self.stride),) * (x.dim() - 2)
+        each = self.stride if isinstance(self.stride, tuple) else (self.stride,) * (x.dim() - 2)
+        every = (slice(None),) * 2 + tuple(slice(None, None, stride) for stride in each)
         padding = (0, 0) * (x.dim() - 2) + (0, self.new_channels)
         return nn.functional.pad(x[every], padding)
 
@@ -41,7 +42,7 @@ class ZeroPad(nn.Module):
 
 
 def make_shortcut(
-    make: BlockLayers, in_channels: int, out_channels: int, stride: int, *, normed: bool = True
+    make: BlockLayers, in_channels: int, out_channels: int, stride: Stride, *, normed: bool = True
 ) -> nn.Module:
     """The shortcut that the options ask for, checked against the change of shape.
 
@@ -73,7 +74,7 @@ def make_shortcut(
                 conv=make.conv(in_channels, out_channels, 1, stride_left),
                 norm=make.norm(out_channels) if normed else None,
             )
-    if isinstance(shortcut, nn.Identity) and (stride > 1 or in_channels != out_channels):
+    if isinstance(shortcut, nn.Identity) and (stride != 1 or in_channels != out_channels):
         raise ValueError(
             f"shortcut cannot be an identity where the shape changes, got in_channels={in_channels}, "
             f"out_channels={out_channels}, stride={stride}"

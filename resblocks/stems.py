@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from functools import reduce
 from typing import Any, cast
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _MaxUnpoolNd
 
 from resblocks.checks import check_positive
-from resblocks.layers import Family, Layer, max_pool, named
+from resblocks.layers import Family, Layer, Stride, max_pool, named, one_stride, times
 from resblocks.options import Layers
 
 Stem = str | Callable[[int, int], nn.Module]
@@ -26,7 +26,7 @@ UNCOUNTED = (
 
 def make_stem(
     make: Layers, stem: Stem, in_channels: int, width: int, pool: Layer | Family | None, *, activated: bool
-) -> tuple[nn.Module, int]:
+) -> tuple[nn.Module, Stride]:
     """The stem and its total stride; without `activated` its last norm and activation are left to the first block."""
     check_positive(in_channels=in_channels, stem_width=width)
     if pool is not None and (callable(stem) or stem == "cifar"):
@@ -61,7 +61,7 @@ def make_stem(
     ), total
 
 
-def total_stride(stem: nn.Module) -> int:
+def total_stride(stem: nn.Module) -> Stride:
     """Pixels of the input for one that the stem puts out: its attribute `stride`, or the product over a sequence.
 
     Raises:
@@ -74,16 +74,13 @@ def total_stride(stem: nn.Module) -> int:
         stride = getattr(stem, "kernel_size", None) if told is None else told  # as torch's pools read None
         if stride is None:
             raise uncounted("its attribute stride is None", stem)
-        each = set(stride) if isinstance(stride, (tuple, list)) else {stride}
-        if len(each) > 1:
-            raise uncounted("its dimensions have strides of their own", stem)
-        return cast(int, each.pop())
+        return one_stride(stride)
     if isinstance(stem, nn.PixelUnshuffle):
         return stem.downscale_factor
     if isinstance(stem, UNCOUNTED):
         raise uncounted("its layers have no stride that counts", stem)
     if isinstance(stem, nn.Sequential):
-        return prod(total_stride(layer) for layer in stem)
+        return reduce(times, map(total_stride, stem), cast(Stride, 1))
     if any(total_stride(layer) != 1 for layer in stem.children()):
         raise uncounted("it holds strided layers", stem)
     return 1

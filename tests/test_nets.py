@@ -571,7 +571,6 @@ def test_pool_without_a_stride_has_that_of_its_window():
         (nn.AdaptiveAvgPool2d(4), "its layers have no stride that counts"),
         (nn.AdaptiveMaxPool2d(4), "its layers have no stride that counts"),
         (nn.FractionalMaxPool2d(2, output_ratio=0.5), "its layers have no stride that counts"),
-        (nn.Conv2d(8, 8, 3, stride=(2, 1)), "its dimensions have strides of their own"),
     ],
 )
 def test_stride_that_cannot_be_counted_is_asked_for(layer, why):
@@ -673,3 +672,53 @@ def test_stem_without_its_pool_counts_so_in_the_strides(stem):
 def test_pool_with_a_window_is_refused_inside_a_partial_too():
     with pytest.raises(ValueError, match="stem_pool must take channels and stride, got AvgPool2d"):
         small(stem="imagenet", stem_pool=partial(nn.AvgPool2d, 2))
+
+
+@pytest.mark.parametrize("options", [{}, {"shortcut": "A"}, {"shortcut": "D"}, {"downsample": rb.blur_downsample}])
+@pytest.mark.parametrize("block", [BasicBlock, rb.Bottleneck, rb.PreActBasicBlock, rb.PreActBottleneck])
+def test_strides_may_differ_between_dimensions(block, options):
+    net = ResNet(block, (1, 2), (8, 16), dims=3, strides=[(1, 2, 2), [2, 1, 3]], stem="cifar", stem_width=8, **options)
+    x = image(3, 12, 3)
+    assert net.stage_strides == ((1, 2, 2), (2, 2, 6))
+    assert [tuple(y.shape[2:]) for y in net.features(x)] == [(12, 6, 6), (6, 6, 2)]
+    trains_every_parameter(net, x)
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B", "D"])
+def test_a_stride_for_each_dimension_is_that_of_all_where_they_are_alike(shortcut):
+    nets = []
+    for strides in ([1, 2], [(1, 1), (2, 2)]):
+        torch.manual_seed(0)
+        nets.append(small(strides=strides, shortcut=shortcut).eval())
+    assert nets[0].stage_strides == nets[1].stage_strides
+    assert repr(nets[0]) == repr(nets[1])
+    x = image(3, 8)
+    assert torch.equal(nets[0](x), nets[1](x))
+
+
+def test_video_net_equals_torchvision():
+    def stem(in_channels: int, width: int) -> nn.Module:
+        conv = nn.Conv3d(in_channels, width, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False)
+        return nn.Sequential(conv, nn.BatchNorm3d(width), nn.ReLU())
+
+    torch.manual_seed(0)
+    theirs = torchvision.models.video.r3d_18(num_classes=5).eval()
+    net = ResNet(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), dims=3, stem=stem, num_classes=5).eval()
+    net.load_state_dict(dict(zip(net.state_dict(), theirs.state_dict().values(), strict=True)))
+    assert net.stage_strides == ((1, 2, 2), (2, 4, 4), (4, 8, 8), (8, 16, 16))
+    x = torch.randn(1, 3, 8, 32, 32)
+    torch.testing.assert_close(net(x), theirs(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strides": [1, (2, 2, 2)]}, r"strides\[1\] must be a positive integer, or one for each of the 2 dimensions"),
+        ({"strides": [1, (2, 0)]}, r"strides\[1\] must be a positive integer, or one for each of the 2 dimensions"),
+        ({"strides": [1, "2"]}, r"strides\[1\] must be an integer of at least 1, got '2'"),
+        ({"strides": [1, (1, 2)], "output_stride": 2}, "output_stride must be None where strides differ between dim"),
+    ],
+)
+def test_stride_that_does_not_fit_the_dimensions_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
