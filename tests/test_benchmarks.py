@@ -3,47 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from types import ModuleType
 
+import dense_memory
 import pytest
+import scaling
+import train_step
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PLAIN = ("torchvision", "resblocks", "resblocks out of place")
 
 
-@pytest.fixture
-def train_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import train_step
-
-    return train_step
-
-
-@pytest.fixture
-def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import scaling
-
-    return scaling
-
-
-@pytest.fixture
-def dense_memory(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import dense_memory
-
-    return dense_memory
-
-
 @pytest.mark.parametrize("memory", ["shared", "lean"])
-def test_dense_net_takes_the_memory_of_the_result_file(dense_memory: ModuleType, memory: str) -> None:
+def test_dense_net_takes_the_memory_of_the_result_file(memory: str) -> None:
     kept = json.loads(dense_memory.RESULTS.read_text(encoding="utf-8"))["memory"]["densenet121"][memory]
     assert dense_memory.count(dense_memory.densenet121, memory, 16, 224) == kept
 
 
 @pytest.mark.parametrize("name", ["resnet18_cifar", "resnet50", "resnext50_32x4d"])
-def test_plain_net_takes_the_memory_of_its_peers(train_step: ModuleType, name: str) -> None:
+def test_plain_net_takes_the_memory_of_its_peers(name: str) -> None:
     rows = train_step.memory(name, PLAIN, batch=2)
     for what in ("saved_ratio", "peak_ratio", "made_ratio"):
         assert rows["resblocks"][what] <= 1.02
@@ -51,7 +27,7 @@ def test_plain_net_takes_the_memory_of_its_peers(train_step: ModuleType, name: s
 
 
 @pytest.mark.parametrize("name", ["resnet18_cifar", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
-def test_plain_net_calls_the_operators_of_its_peers(train_step: ModuleType, name: str) -> None:
+def test_plain_net_calls_the_operators_of_its_peers(name: str) -> None:
     """The exact part of its time: the same operators on the same shapes, and none beside them."""
     rows = train_step.memory(name, (*PLAIN, "resblocks checkpoint"), batch=2)
     assert rows["resblocks"]["extra_calls"] == 0
@@ -59,13 +35,13 @@ def test_plain_net_calls_the_operators_of_its_peers(train_step: ModuleType, name
     assert rows["resblocks checkpoint"]["extra_calls"] > 0
 
 
-def test_norms_save_what_the_result_file_says(train_step: ModuleType) -> None:
+def test_norms_save_what_the_result_file_says() -> None:
     kept = json.loads(train_step.RESULTS.read_text(encoding="utf-8"))["memory"]["resnet18_cifar"]
     now = train_step.memory("resnet18_cifar", ("torchvision", "resblocks norms"))
     assert now["resblocks norms"] == kept["resblocks norms"]
 
 
-def test_gates_let_right_steps_pass_and_find_wrong_ones(train_step: ModuleType) -> None:
+def test_gates_let_right_steps_pass_and_find_wrong_ones() -> None:
     rows = train_step.gates("resnet18_cifar", ("torchvision", "timm checkpointed", "resblocks norms"), size=8)
     assert {name: row["passes"] for name, row in rows.items()} == {
         "torchvision": True,
@@ -74,11 +50,11 @@ def test_gates_let_right_steps_pass_and_find_wrong_ones(train_step: ModuleType) 
     }
 
 
-def test_point_of_the_curves_is_that_of_the_result_file(scaling: ModuleType) -> None:
+def test_point_of_the_curves_is_that_of_the_result_file() -> None:
     kept = json.loads(scaling.RESULTS.read_text(encoding="utf-8"))["curves"]["batch"]["1"]
     assert scaling.point(**{**scaling.USUAL, "batch": 1}) == kept
 
 
-def test_small_maps_contestant_uses_products(train_step: ModuleType) -> None:
+def test_small_maps_contestant_uses_products() -> None:
     net = train_step.small_maps("resnet18_cifar")
     assert {type(module).__name__ for module in net.stages[3][1].branch} >= {"SmallMapConv2d"}

@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sweep
 import torch
+from recompress import through_jpeg
 
 from resblocks import list_models
 from resblocks.training import Ranks
 
-SWEEP = Path(__file__).parent.parent / "benchmarks" / "sweep.py"
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One programme more, "tiny", of one epoch of two nets on the digits."""
+    tiny = sweep.cells(["resnet20", "resnet20_noskip"], "digits", dataset="digits", epochs=1)
+    monkeypatch.setitem(sweep.PROGRAMMES, "tiny", tiny)
 
 
-@pytest.fixture
-def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """The script with one programme, "tiny", of one epoch of two nets on the digits."""
-    monkeypatch.syspath_prepend(str(SWEEP.parent))
-    module = runpy.run_path(str(SWEEP))
-    tiny = module["cells"](["resnet20", "resnet20_noskip"], "digits", dataset="digits", epochs=1)
-    monkeypatch.setitem(module["PROGRAMMES"], "tiny", tiny)
-    return module
-
-
-def run(sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, folder: Path, *programmes: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *programmes: str) -> int:
     options = ["--results", str(folder / "results"), "--work", str(folder / "work"), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["sweep.py", *programmes, *options])
-    return sweep["main"]()
+    return sweep.main()
 
 
 def test_sweep_writes_one_file_a_run_and_runs_it_once(
-    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(sweep, monkeypatch, tmp_path, "tiny") == 0
+    assert run(monkeypatch, tmp_path, "tiny") == 0
     files = sorted((tmp_path / "results" / "tiny").iterdir())
     assert [file.name for file in files] == [
         "resnet20_digits_epochs-1_seed-0.json",
@@ -50,57 +46,55 @@ def test_sweep_writes_one_file_a_run_and_runs_it_once(
     for trace in (tmp_path / "work").rglob("*"):  # as on another machine, which has the results only
         if trace.is_file():
             trace.unlink()
-    assert run(sweep, monkeypatch, tmp_path, "tiny") == 0
+    assert run(monkeypatch, tmp_path, "tiny") == 0
     assert [file.stat().st_mtime_ns for file in files] == stamps
     assert "0 runs done" in capsys.readouterr().out
 
 
 def test_only_picks_runs_by_name_and_refuses_a_pattern_without_any(
-    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(sweep, monkeypatch, tmp_path, "tiny", "--list", "--only", "*noskip*") == 0
+    assert run(monkeypatch, tmp_path, "tiny", "--list", "--only", "*noskip*") == 0
     assert capsys.readouterr().out.split() == ["tiny", "resnet20_noskip_digits_epochs-1_seed-0"]
-    assert run(sweep, monkeypatch, tmp_path, "tiny", "--only", "*noskip*") == 0
+    assert run(monkeypatch, tmp_path, "tiny", "--only", "*noskip*") == 0
     assert [file.stem for file in (tmp_path / "results" / "tiny").iterdir()] == [
         "resnet20_noskip_digits_epochs-1_seed-0"
     ]
     with pytest.raises(SystemExit):
-        run(sweep, monkeypatch, tmp_path, "tiny", "--only", "*wrong*")
+        run(monkeypatch, tmp_path, "tiny", "--only", "*wrong*")
     assert "--only must match the name of a run of the programmes, got '*wrong*'" in capsys.readouterr().err
 
 
-def test_sweep_refuses_a_file_of_other_settings(
-    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_sweep_refuses_a_file_of_other_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "results" / "tiny" / "resnet20_digits_epochs-1_seed-0.json"
     file.parent.mkdir(parents=True)
-    recipe = sweep["PROGRAMMES"]["tiny"][0].full_recipe().as_dict() | {"lr": 7.0}
+    recipe = sweep.PROGRAMMES["tiny"][0].full_recipe().as_dict() | {"lr": 7.0}
     settings = {"dataset": {"name": "digits", "split": "test"}, "recipe": recipe, "seed": 0}
     file.write_text(json.dumps({"settings": settings}))
     with pytest.raises(ValueError, match=r"resnet20_digits_epochs-1_seed-0.json holds a run with recipe .*'lr': 7.0"):
-        run(sweep, monkeypatch, tmp_path, "tiny")
+        run(monkeypatch, tmp_path, "tiny")
 
 
 def test_run_from_before_an_option_existed_had_its_default(
-    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for cell in sweep["PROGRAMMES"]["tiny"]:
+    for cell in sweep.PROGRAMMES["tiny"]:
         recipe = cell.full_recipe().as_dict()
         del recipe["start_scale"]
         settings = {"dataset": {"name": "digits", "split": "test"}, "recipe": recipe, "seed": 0}
         file = tmp_path / "results" / "tiny" / f"{cell.name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"settings": settings}))
-    assert run(sweep, monkeypatch, tmp_path, "tiny") == 0
+    assert run(monkeypatch, tmp_path, "tiny") == 0
     assert "0 runs done" in capsys.readouterr().out
 
 
 def test_run_that_diverges_is_written_down_and_the_next_one_starts(
-    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    wild = sweep["cells"](["resnet20"], "digits", dataset="digits", epochs=1, lr=1e30)
-    monkeypatch.setitem(sweep["PROGRAMMES"], "wild", (*wild, sweep["PROGRAMMES"]["tiny"][0]))
-    assert run(sweep, monkeypatch, tmp_path, "wild") == 1
+    wild = sweep.cells(["resnet20"], "digits", dataset="digits", epochs=1, lr=1e30)
+    monkeypatch.setitem(sweep.PROGRAMMES, "wild", (*wild, sweep.PROGRAMMES["tiny"][0]))
+    assert run(monkeypatch, tmp_path, "wild") == 1
     files = sorted((tmp_path / "results" / "wild").iterdir(), key=lambda file: "lr-" not in file.name)
     diverged, fine = (json.loads(file.read_text()) for file in files)
     assert "infinite or NaN" in diverged["failed"]
@@ -109,7 +103,7 @@ def test_run_that_diverges_is_written_down_and_the_next_one_starts(
 
 
 def test_first_process_decides_for_all_what_is_left(
-    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a node without the results it would train what the others do not, and wait for them for ever."""
 
@@ -118,12 +112,12 @@ def test_first_process_decides_for_all_what_is_left(
             return []
 
     monkeypatch.setattr(Ranks, "from_env", Second)
-    assert run(sweep, monkeypatch, tmp_path, "tiny") == 0
+    assert run(monkeypatch, tmp_path, "tiny") == 0
     assert "0 runs done" in capsys.readouterr().out
 
 
-def test_every_programme_names_nets_and_recipes_that_exist(sweep: dict[str, Any]) -> None:
-    for cells in sweep["PROGRAMMES"].values():
+def test_every_programme_names_nets_and_recipes_that_exist() -> None:
+    for cells in sweep.PROGRAMMES.values():
         assert len({cell.name for cell in cells}) == len(cells)
         for cell in cells:
             cell.full_recipe()
@@ -131,17 +125,14 @@ def test_every_programme_names_nets_and_recipes_that_exist(sweep: dict[str, Any]
 
 
 def test_unknown_programme_is_refused(
-    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        run(sweep, monkeypatch, tmp_path, "papper")
+        run(monkeypatch, tmp_path, "papper")
     assert "PROGRAMME must be of paper" in capsys.readouterr().err
 
 
-def test_recompressed_images_are_a_little_worse_in_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SWEEP.parent))
-    from recompress import through_jpeg
-
+def test_recompressed_images_are_a_little_worse_in_every_place() -> None:
     ramp = torch.arange(32, dtype=torch.uint8) * 7
     images = torch.stack([ramp.expand(32, 32), ramp.expand(32, 32).mT, 217 - ramp.expand(32, 32)])[None].contiguous()
     error = (through_jpeg(images).float() - images.float()).abs()
