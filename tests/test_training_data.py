@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from training_workers import tiny_dataset
 
 from resblocks.training import Dataset, load_cifar10, load_cifar100, load_dataset, load_digits, load_folder, sources
 from resblocks.training.files import digest_path
@@ -137,6 +138,12 @@ def test_images_of_another_size_are_not_cifar(tmp_path: Path) -> None:
         load_cifar10(tree, download=False, cache_dir=tmp_path / "cache")
 
 
+def test_images_of_other_classes_are_not_cifar(tmp_path: Path) -> None:
+    tree = _write_tree(tmp_path / "tree", size=(32, 32))
+    with pytest.raises(RuntimeError, match="tree has 2 classes where CIFAR-10 has 10: give the right --data-dir"):
+        load_cifar10(tree, download=False, cache_dir=tmp_path / "cache")
+
+
 def test_links_to_folders_are_followed_but_not_upwards(tmp_path: Path) -> None:
     tree = _write_tree(tmp_path / "pets")
     for part in ("train", "test"):
@@ -154,6 +161,12 @@ def test_link_to_what_is_not_there_raises(tmp_path: Path) -> None:
         load_folder(tree, cache_dir=tmp_path / "cache")
 
 
+def test_link_to_what_is_not_there_and_no_image_is_left_alone(tmp_path: Path) -> None:
+    tree = _write_tree(tmp_path / "pets")
+    (tree / "latest").symlink_to(tmp_path / "nowhere")
+    assert len(load_folder(tree, cache_dir=tmp_path / "cache").train_images) == 6
+
+
 def test_picture_of_a_camera_is_turned_as_it_was_held(tmp_path: Path) -> None:
     image = Image.new("RGB", (2, 4))
     image.putpixel((0, 0), (255, 0, 0))
@@ -163,6 +176,21 @@ def test_picture_of_a_camera_is_turned_as_it_was_held(tmp_path: Path) -> None:
     turned = sources.open_image(tmp_path / "a.png", (tmp_path / "a.png").read_bytes())
     assert turned.size == (4, 2)
     assert turned.getpixel((3, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_that_of_pillow(orientation: int) -> None:
+    image = Image.frombytes("L", (2, 3), bytes(range(6)))
+    image.getexif()[0x0112] = orientation
+    turned = ImageOps.exif_transpose(image)
+    assert (sources.plain(image).size, sources.plain(image).tobytes()) == (turned.size, turned.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("mode", "becomes"), [("1", "L"), ("L", "L"), ("LA", "L"), ("P", "RGB"), ("RGBA", "RGB"), ("CMYK", "RGB")]
+)
+def test_image_becomes_grey_or_coloured(mode: str, becomes: str) -> None:
+    assert sources.plain(Image.new(mode, (2, 3))).mode == becomes
 
 
 def test_files_that_are_left_out_are_said(tmp_path: Path) -> None:
@@ -445,6 +473,15 @@ def test_download_is_checked_and_leaves_nothing_half(tmp_path: Path, monkeypatch
     assert list((tmp_path / "other").iterdir()) == []
 
 
+def test_loader_by_name_passes_the_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)  # would raise
+    for name in ("cifar10", "cifar100"):
+        with pytest.raises(RuntimeError, match=r"is not in .*empty: put"):
+            load_dataset(name, tmp_path / "empty", download=False)
+    load_dataset("folder", _write_tree(tmp_path / "pets"), cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("pets-*.safetensors"))
+
+
 # Digits, splits and checks
 
 
@@ -463,6 +500,32 @@ def test_moments_are_those_of_the_training_pixels() -> None:
     pixels = data.train_images.double() / 255
     assert data.mean.item() == pytest.approx(pixels.mean().item(), rel=1e-6)
     assert data.std.item() == pytest.approx(pixels.std(correction=0).item(), rel=1e-6)
+
+
+def test_moments_of_many_images_and_of_a_single_colour() -> None:
+    images, labels = torch.randint(256, (5001, 1, 1, 1), dtype=torch.uint8), torch.zeros(5001, dtype=torch.int64)
+    images[:5000] //= 4  # all but the last batch of the sums
+    data = Dataset("x", ("a",), images, labels, images, labels)
+    pixels = images.double() / 255
+    assert data.mean.item() == pytest.approx(pixels.mean().item(), rel=1e-6)
+    assert data.std.item() == pytest.approx(pixels.std(correction=0).item(), rel=1e-6)
+    assert replace(data, train_images=torch.full_like(images, 7)).std.item() > 0
+
+
+@pytest.mark.parametrize("part", ["train_images", "train_labels", "test_images", "test_labels"])
+def test_key_is_that_of_images_and_labels(part: str) -> None:
+    data = tiny_dataset()
+    changed = getattr(data, part).clone()
+    changed[0] = (changed[0] + 1) % 3
+    assert replace(data, **{part: changed}).key != data.key
+
+
+def test_validation_keeps_each_image_with_its_label() -> None:
+    labels = torch.arange(50)
+    images = labels.to(torch.uint8).view(-1, 1, 1, 1)
+    split = Dataset("x", tuple(map(str, range(50))), images, labels, images, labels).with_validation(20)
+    assert torch.equal(split.test_images.flatten(), split.test_labels)
+    assert torch.equal(split.train_images.flatten(), split.train_labels)
 
 
 def test_validation_comes_out_of_the_training_images_only() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from training_workers import RECIPE, tiny_dataset, tiny_fit, tiny_net
 
 from resblocks import BasicBlock, ResNet, set_skip
-from resblocks.training import Recipe, Trained, build_net, fit, load_digits, load_trained
+from resblocks.training import Recipe, Trained, build_net, fit, load_digits, load_trained, sources
 from resblocks.training.predict import describe
 
 DIGITS = load_digits()
@@ -57,6 +57,12 @@ def test_predict_takes_an_image_in_any_form(form: str, digits: tuple[Path, float
     assert list(said.values()) == sorted(said.values(), reverse=True)
     near = 0.2 if form == "large" else 1e-6
     assert said == pytest.approx(dict(zip(DIGITS.classes, expected.tolist(), strict=True)), abs=near)
+
+
+def test_image_that_is_no_square_gets_the_size_of_the_training_images(digits: tuple[Path, float]) -> None:
+    image, trained = Image.effect_noise((8, 6), 50), load_trained(digits[0])
+    trained.shape = (1, 6, 8)
+    assert trained.predict(image) == trained.predict(sources.to_tensor(image))
 
 
 @pytest.mark.parametrize("images", [torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)])
@@ -117,6 +123,15 @@ def test_skips_that_were_switched_by_hand_are_not_forgotten(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"net must be given: .*result.json holds no config"):
         load_trained(tmp_path)
     assert load_trained(tmp_path, net).net is net
+
+
+class OwnBlock(BasicBlock):
+    pass
+
+
+def test_net_of_a_block_of_ones_own_is_rebuilt_where_it_is_trusted(tmp_path: Path) -> None:
+    tiny_fit(tmp_path, ResNet(OwnBlock, [1], [8], stem="cifar", stem_width=8, num_classes=3), gradients=False)
+    assert type(load_trained(tmp_path, trust=[__name__]).net.stages[0][0]) is OwnBlock
 
 
 def test_net_that_ran_with_matrix_products_is_rebuilt(tmp_path: Path) -> None:

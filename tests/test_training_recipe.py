@@ -39,6 +39,16 @@ def test_cosine_and_constant() -> None:
     assert [constant.lr_at(step, 4) for step in range(4)] == [0, 0.5, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "milestones", "after"),
+    [("cosine", (), [1, 0.853553, 0.5, 0.146447]), ("steps", (0.75,), [1, 1, 0.1, 0.1])],
+)
+def test_warm_up_comes_before_every_schedule(schedule: str, milestones: tuple[float, ...], after: list[float]) -> None:
+    recipe = Recipe(schedule=schedule, milestones=milestones, lr=1.0, warmup=0.5, warmup_start=0.5)
+    rates = [recipe.lr_at(step, 8) for step in range(8)]
+    assert rates == pytest.approx([0.5, 0.625, 0.75, 0.875, *after], abs=1e-6)
+
+
 def test_scale_grows_by_quarters_to_one() -> None:
     recipe = Recipe(start_scale=0.5, full_scale_at=0.8)
     scales = [recipe.scale_at(step, 100) for step in range(100)]
@@ -156,14 +166,14 @@ def test_no_augmentation_takes_the_rows_as_they_are() -> None:
 @pytest.mark.parametrize(("padding", "mode"), [("reflect", "reflect"), ("zeros", "constant")])
 @pytest.mark.parametrize("flipped", [False, True])
 def test_crop_and_flip_equal_torchs_padding(padding: str, mode: str, flipped: bool) -> None:
-    recipe, images = Recipe(crop=3, padding=padding), _images(49)
+    recipe, images = Recipe(crop=3, padding=padding), _images(49)[..., :6]  # no squares
     top, left = torch.meshgrid(torch.arange(7), torch.arange(7), indexing="ij")
     draws = _draws(top=top.flatten().tolist(), left=left.flatten().tolist(), mirrored=[int(flipped)] * 49)
     out = augment(images, torch.arange(49), draws, recipe, ZERO_MEAN, UNIT_STD)
     padded = torch.nn.functional.pad(images.float(), (3, 3, 3, 3), mode=mode)
     for index in range(49):
         y, x = int(top.flatten()[index]), int(left.flatten()[index])
-        window = padded[index, :, y : y + 8, x : x + 8]
+        window = padded[index, :, y : y + 8, x : x + 6]
         assert torch.equal(out[index], window.flip(2) if flipped else window)
 
 
@@ -191,6 +201,11 @@ def test_resize_to_half_keeps_the_mean_and_what_is_even() -> None:
     assert (half.mean() - images.mean()).abs() < 0.02
     assert torch.allclose(resize(torch.full((1, 1, 8, 8), 0.3), 0.75), torch.tensor(0.3))
     assert resize(images, 1.0) is images
+
+
+def test_resize_averages_over_all_that_falls_into_a_pixel() -> None:
+    stripes = torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(8).expand(1, 1, 32, 32)
+    assert resize(stripes, 0.25).std() < 0.1
 
 
 def test_draws_cover_the_window_and_flip_half() -> None:
@@ -222,15 +237,17 @@ def test_normalised_data_have_mean_zero_and_deviation_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "message"),
+    ("recipe", "size", "message"),
     [
-        (Recipe(cutout=9), "cutout must fit into the images of 8x8 pixels, got 9"),
-        (Recipe(crop=8), "crop must be smaller than the images of 8x8 pixels"),
+        (Recipe(cutout=9), (8, 8), "cutout must fit into the images of 8x8 pixels, got 9"),
+        (Recipe(cutout=7), (6, 8), "cutout must fit into the images of 6x8 pixels, got 7"),
+        (Recipe(cutout=7), (8, 6), "cutout must fit into the images of 8x6 pixels, got 7"),
+        (Recipe(crop=8), (8, 8), "crop must be smaller than the images of 8x8 pixels"),
     ],
 )
-def test_augmentation_that_does_not_fit_is_refused(recipe: Recipe, message: str) -> None:
+def test_augmentation_that_does_not_fit_is_refused(recipe: Recipe, size: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        draw(recipe, 1, 8, 8, seed=0, step=0)
+        draw(recipe, 1, *size, seed=0, step=0)
 
 
 def test_seeds_of_near_inputs_are_unrelated() -> None:

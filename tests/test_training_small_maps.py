@@ -65,6 +65,8 @@ def uses_product(conv: nn.Module, x: Tensor) -> bool:
         ("groups", {"groups": 2}, 4, torch.float32),
         ("bias", {"bias": True}, 4, torch.float32),
         ("dilation", {"dilation": 2, "padding": 2}, 4, torch.float32),
+        ("padding mode", {"padding_mode": "reflect"}, 4, torch.float32),
+        ("strides", {"stride": (1, 2)}, 4, torch.float32),
         ("emulated bfloat16", {}, 4, torch.bfloat16),
     ],
 )
@@ -77,6 +79,22 @@ def test_everywhere_else_it_is_the_convolution(
     x = torch.randn(1, options["in_channels"], size, size, dtype=dtype)
     assert not uses_product(conv, x), why
     torch.testing.assert_close(conv(x), nn.Conv2d.forward(conv, x), rtol=0, atol=0)
+
+
+def test_one_image_without_a_batch_is_convolved() -> None:
+    conv, x = SmallMapConv2d(256, 256, 3, padding=1, bias=False), torch.randn(256, 4, 4)
+    torch.testing.assert_close(conv(x), nn.Conv2d.forward(conv, x), rtol=0, atol=0)
+
+
+class OwnConv(nn.Conv2d):
+    pass
+
+
+def test_subclass_of_the_convolution_stays_what_it_is() -> None:
+    net = nn.Sequential(*(kind(256, 256, 3, padding=1, bias=False) for kind in (nn.Conv2d, OwnConv)))
+    with small_map_products(net) as names:
+        assert names == ["0"]
+    assert type(net[1]) is OwnConv
 
 
 @pytest.mark.parametrize(("tiles", "calls_of_convolve"), [(False, []), (True, [torch.bfloat16])])
