@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -17,12 +18,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_workers import RECIPE, tiny_dataset, tiny_fit, tiny_net
@@ -30,40 +31,32 @@ from training_workers import RECIPE, tiny_dataset, tiny_fit, tiny_net
 import resblocks.training.__main__ as entry
 from resblocks.diagnostics import GradientFlow
 from resblocks.training import (
-    PAPER,
     Dataset,
     Diverged,
     FolderLock,
     Recipe,
     Result,
-    SomeDiverged,
     build_net,
     draw_figures,
     environment,
-    experiment,
     fit,
     load_digits,
     load_weights,
-    results_table,
-    run_experiment,
-    run_variants,
 )
 from resblocks.training.augment import draw_first_flips, normalise
 from resblocks.training.check import check_net
 from resblocks.training.device import cudnn_search, has_fast_bfloat16, pick_device, pick_precision
-from resblocks.training.figures import draw_depths
 from resblocks.training.files import write_json
 from resblocks.training.loop import Loop
 from resblocks.training.meter import Meter
 from resblocks.training.ranks import Ranks
-from resblocks.training.result import title
 from resblocks.training.signals import Signals
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10_resnet18.py"
 
 
-def _loop(net: nn.Module, dataset: Dataset | None = None, recipe: Recipe = RECIPE) -> Loop:
-    return Loop(net, dataset or tiny_dataset(), recipe, 0, torch.device("cpu"), torch.float32, Ranks())
+def _loop(net: nn.Module, dataset: Dataset | None = None, recipe: Recipe = RECIPE, seed: int = 0) -> Loop:
+    return Loop(net, dataset or tiny_dataset(), recipe, seed, torch.device("cpu"), torch.float32, Ranks())
 
 
 def test_resnet20_learns_the_digits(tmp_path: Path) -> None:
@@ -174,9 +167,58 @@ def test_seed_decides(tmp_path: Path) -> None:
     assert runs[0].epochs[-1]["train_loss"] == runs[1].epochs[-1]["train_loss"] != runs[2].epochs[-1]["train_loss"]
 
 
+def test_seed_decides_order_and_augmentation_each() -> None:
+    one, other = _loop(tiny_net(), seed=0), _loop(tiny_net(), seed=1)
+    assert not torch.equal(one.order(0), other.order(0))
+    other._order_of = 0, one.order(0)
+    assert torch.equal(one.batch(0)[1], other.batch(0)[1])
+    assert not torch.equal(one.batch(0)[0], other.batch(0)[0])
+
+
+def _drawn(seed: int, step: int, rank: int) -> tuple[float, ...]:
+    """What a net draws in a step."""
+    drawn: list[float] = []
+    loop = _loop(net := tiny_net(), seed=seed)
+    net[3].register_forward_hook(lambda *_: drawn.extend(torch.rand(4).tolist()))
+    loop.ranks.rank = rank
+    loop.batch = lambda step: (loop.images[:16].float(), loop.labels[:16])  # type: ignore[method-assign]
+    loop.train_step(step)
+    return tuple(drawn)
+
+
+def test_dropout_differs_by_seed_step_and_rank() -> None:
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    drawn = [_drawn(*place) for place in places]
+    assert len(set(drawn)) == 4
+    assert drawn == [_drawn(*place) for place in places]
+
+
+class _Always(nn.Module):
+    """Dropout in evaluation, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5)
+
+
+def test_evaluation_of_a_net_that_draws_is_that_of_its_epoch() -> None:
+    loop = _loop(nn.Sequential(tiny_net(), _Always()))
+    assert loop.evaluate(1) == loop.evaluate(1) != loop.evaluate(2)
+
+
+def test_record_of_an_epoch_is_what_was_done(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, lr=1e-9, weight_decay=0.0, cutout=0, crop=0, flip=False, batch_size=27)
+    result = tiny_fit(tmp_path, net := tiny_net(norm=False, dropout=0.0), recipe)  # which stays as it was
+    assert [epoch["lr"] for epoch in result.epochs] == [recipe.lr_at(2, 6), recipe.lr_at(5, 6)]
+    right = (net(_loop(net).normalised(tiny_dataset().train_images)).argmax(1) == tiny_dataset().train_labels).double()
+    for epoch in result.epochs:
+        assert epoch["train_accuracy_percent"] == pytest.approx(100 * right.mean().item())
+        assert epoch["images_per_second"] * epoch["seconds"] == pytest.approx(81)
+
+
 def test_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size must be at most the 81 training images, got 500"):
         tiny_fit(tmp_path, recipe=Recipe(crop=1))
+    assert _loop(tiny_net(), recipe=replace(RECIPE, batch_size=81)).steps_per_epoch == 1  # all of them will do
 
 
 def test_bfloat16_trains_close_to_float32(tmp_path: Path) -> None:
@@ -193,6 +235,15 @@ def test_missing_gpu_is_an_error_before_anything_is_written(tmp_path: Path) -> N
         tiny_fit(tmp_path / "run", device="cuda")
     assert not (tmp_path / "run").exists()
     assert pick_device("auto").type == "cpu"
+
+
+def test_gpu_is_that_of_the_process_or_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for asked, device in (("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+        assert pick_device(asked, 1) == torch.device(device)
+    with pytest.raises(RuntimeError, match="device cuda:2 was asked for, but there are 2 CUDA devices"):
+        pick_device("cuda:2")
 
 
 def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +267,8 @@ def free_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("free_flags")
 def test_gpu_of_a_run_is_the_current_one_until_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds, streams, events and graphs of torch are those of the current GPU, which is the first one by itself."""
-    picked, entered = torch.device("cuda", 1), []
+    picked, entered, ranks = torch.device("cuda", 1), [], Ranks()
+    ranks.local_rank = 1
 
     @contextlib.contextmanager
     def made_current(device: torch.device) -> Iterator[None]:
@@ -234,16 +286,17 @@ def test_gpu_of_a_run_is_the_current_one_until_its_end(tmp_path: Path, monkeypat
     def loop(*args: Any, **options: Any) -> None:
         assert entered == [picked]
         assert args[4] == picked
+        assert torch.backends.cudnn.deterministic
         raise Reached
 
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
     module = sys.modules["resblocks.training.fit"]
     monkeypatch.setattr(torch.cuda, "device", made_current)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", asked)
-    monkeypatch.setattr(module, "pick_device", lambda *args: picked)
+    monkeypatch.setattr(module, "pick_device", lambda device, local_rank=0: torch.device(device, local_rank))
     monkeypatch.setattr(module, "Loop", loop)
     with pytest.raises(Reached):
-        tiny_fit(tmp_path, device="cuda:1", precision="auto")
+        tiny_fit(tmp_path, device="cuda", precision="auto", ranks=ranks, deterministic=True)
 
 
 @pytest.mark.usefixtures("free_flags")
@@ -367,6 +420,19 @@ def test_signal_that_the_shell_wants_ignored_stays_so() -> None:
             assert signals.number == 0
             os.kill(os.getpid(), signal.SIGTERM)
             assert signals.number == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_second_signal_does_what_it_did_before() -> None:
+    """Else a run that hangs could only be killed."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -518,6 +584,18 @@ def test_terminal_gets_a_bar_and_files_get_lines(
         assert part in shown, part
 
 
+def test_time_that_is_left_is_that_of_the_epochs_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = SimpleNamespace(monotonic=itertools.count(step=6).__next__)
+    monkeypatch.setattr(sys.modules["resblocks.training.fit"], "time", clock)
+    result = tiny_fit(tmp_path, recipe=replace(RECIPE, epochs=3), progress=True)
+    taken = result.epochs[0]["seconds"] + result.epochs[0]["eval_seconds"]  # as each of the others
+    assert taken % 60 > 0
+    for line, left in zip(capsys.readouterr().out.splitlines(), (2 * taken, taken, 0), strict=True):
+        assert line.endswith(f" {int(left) // 60}:{int(left) % 60:02} left")
+
+
 def test_quiet_is_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_fit(tmp_path, progress=False)
     assert capsys.readouterr().out == ""
@@ -532,7 +610,7 @@ def test_missing_extra_says_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     work = {
-        "matplotlib": lambda: draw_figures([_made_up("resnet18", 1)], tmp_path),
+        "matplotlib": lambda: draw_figures([tiny_fit(tmp_path)], tmp_path),
         "torch.utils.tensorboard": lambda: tiny_fit(tmp_path, tensorboard=True),
         "safetensors.torch": lambda: tiny_fit(tmp_path),
     }[module]
@@ -548,95 +626,7 @@ def test_core_does_not_import_the_training_part() -> None:
     )
 
 
-# Experiments, tables, figures
-
-
-def _made_up(name: str, seed: int, epochs: int = 3) -> Result:
-    """A result with numbers of its own."""
-    settings = {
-        "dataset": {"name": "tiny", "split": "test"},
-        "recipe": {"name": "paper"},
-        "seed": seed,
-        "precision": "float32",
-    }
-    record = {
-        "train_loss": 1.0,
-        "train_accuracy_percent": 50.0,
-        "eval_loss": 1.25,
-        "eval_accuracy_percent": 40.0,
-        "seconds": 1.5,
-    }
-    layers = [{"name": f"layer{n}.weight", "mean_abs": 10.0**-n, "norm": 1.0} for n in range(1, 5)]
-    layers.append({"name": "block.shortcut.conv.weight", "mean_abs": 1.0, "norm": 1.0})
-    history = [
-        {**record, "epoch": epoch, "eval_accuracy_percent": 40.0 + epoch + seed} for epoch in range(1, epochs + 1)
-    ]
-    return Result(
-        name, 11_173_962, settings, {}, history, [{"epoch": epoch, "layers": layers} for epoch in range(epochs + 1)]
-    )
-
-
-def test_table_has_the_papers_numbers_beside_ours() -> None:
-    table = results_table([_made_up(name, seed) for seed, name in enumerate(PAPER)], on_cifar10=True).splitlines()
-    header = ["net", "accuracy (%)", "paper (%)", "loss", "parameters", "training (s)"]
-    assert [cell.strip() for cell in table[0].split("|")[1:-1]] == header
-    assert [cell.strip() for cell in table[4].split("|")[1:-1]] == [
-        "ResNet-18",
-        "45.00",
-        "89.9",
-        "1.2500",
-        "11,173,962",
-        "4.5",
-    ]
-    assert len({len(line) for line in table}) == 1
-    assert "89.9" not in results_table([_made_up("resnet18", 0)], on_cifar10=False)
-
-
-def test_figures_show_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from resblocks.training import figures
-
-    kept: dict[str, Any] = {}
-    original = figures._save
-
-    def keep(figure: Any, path: Path, formats: Any) -> list[Path]:
-        kept[path.name] = {
-            axes.get_title(): [(line.get_label(), line.get_ydata().tolist()) for line in axes.lines]
-            for axes in figure.axes
-        }
-        return original(figure, path, formats)
-
-    monkeypatch.setattr(figures, "_save", keep)
-    results = [_made_up(name, seed) for seed, name in enumerate(PAPER)]
-    files = draw_figures(results, tmp_path, ("png", "svg"))
-    assert [file.name for file in files[::2]] == [
-        f"figure{name}.png"
-        for name in ("1_training", "2_validation", "3_gradients", "4_training_all", "5_validation_all")
-    ]
-    for file in files[::2]:
-        with Image.open(file) as image:
-            assert image.size[0] > 1000
-            assert len(set(image.convert("L").resize((64, 64)).tobytes())) > 10
-    two, three = ["Baseline CNN", "ResNet-18"], ["Baseline CNN", "ResNet-18 without skips", "ResNet-18"]
-    for name, labels in (("figure2_validation", two), ("figure5_validation_all", three)):
-        lines = kept[name]["Accuracy, test set"]
-        assert [label for label, _ in lines] == labels
-        assert lines[-1][1] == [43.0, 44.0, 45.0]
-    gradients = kept["figure3_gradients"]["At initialisation"]
-    assert gradients[0] == ("Baseline CNN", [0.1, 0.01, 0.001, 0.0001])  # the projection is left out
-
-
-def test_figures_show_mean_and_range_of_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from resblocks.training import figures
-
-    drawn: dict[str, Any] = {}
-    monkeypatch.setattr(figures, "_save", lambda figure, path, formats: drawn.update({path.name: figure}) or [])
-    draw_figures([_made_up("resnet18", seed) for seed in (0, 1, 5)], tmp_path)
-    axes = drawn["figure2_validation"].axes[0]
-    assert [line.get_ydata().tolist() for line in axes.lines] == [[43.0, 44.0, 45.0]]
-    (band,) = axes.collections
-    assert band.get_paths()[0].get_extents().intervaly.tolist() == [41.0, 48.0]
-    with pytest.raises(ValueError, match=r"same epochs, resnet18 has \[2, 3\]"):
-        draw_figures([_made_up("resnet18", 0), _made_up("resnet18", 1, epochs=2)], tmp_path)
+# Programs
 
 
 @pytest.mark.parametrize(
@@ -651,75 +641,24 @@ def test_compile_mode_that_cannot_be_used_raises(tmp_path: Path, options: dict[s
         tiny_fit(tmp_path, **options)
 
 
-def test_net_that_trains_norms_alone_has_no_gradients_by_layer(tmp_path: Path) -> None:
-    net = tiny_net()
-    for layer in net.modules():
-        if not isinstance(layer, nn.BatchNorm2d):
-            for weight in layer.parameters(recurse=False):
-                weight.requires_grad_(False)
-    result = tiny_fit(tmp_path, net, gradients=True)
-    assert [moment["layers"] for moment in result.gradients] == [[]] * (1 + len(result.epochs))
-    assert "figure3_gradients.png" not in [path.name for path in draw_figures([result], tmp_path)]
-
-
-def test_figure_of_depths_needs_results(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="draw_depths needs results with at least one finished epoch each"):
-        draw_depths([], tmp_path)
-
-
-def test_figures_need_results(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one finished epoch"):
-        draw_figures([], tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("variant", "params"), [("resnet18", 11_173_962), ("resnet18_noskip", 11_000_138), ("resnet20", 269_722)]
-)
-def test_variants_are_the_papers_nets(variant: str, params: int) -> None:
-    images, labels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
-    data = Dataset("x", tuple("abcdefghij"), images, labels, images, labels)
-    with torch.device("meta"):
-        assert sum(weight.numel() for weight in build_net(variant, data).parameters()) == params
-
-
 def test_baseline_has_no_skips_to_take_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^baseline_cnn has no skips to take out$"):
         entry.main(["--models", "baseline_cnn_noskip", "--dataset", "digits", "--out", str(tmp_path)])
 
 
-def test_command_names_no_folders_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = "/home/jane/fit.py --data-dir /home/jane/data --out=/home/jane/a=b more=/a/b --lr 0.1 runs/x"
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            "/home/jane/fit.py --data-dir /home/jane/data --out=/home/jane/a=b more=/a/b --lr 0.1 runs/x",
+            "fit.py --data-dir data --out=a=b more=b --lr 0.1 runs/x",
+        ),
+        ("/home/jane/resblocks/training/__main__.py --lr 0.1", "python -m resblocks.training --lr 0.1"),
+    ],
+)
+def test_command_names_no_folders_of_a_machine(given: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", given.split())
-    said = environment.environment(torch.device("cpu"))["command"]
-    assert said == "fit.py --data-dir data --out=a=b more=b --lr 0.1 runs/x"
-
-
-def test_wrong_name_stops_before_the_first_training(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="resnet19"):
-        run_variants(["resnet20", "resnet19"], load_digits(), Recipe(), out=tmp_path)
-    for wrong in (["resnet20", "resnet20"], []):
-        with pytest.raises(ValueError, match="models must be at least one, and differ from each other"):
-            run_variants(wrong, load_digits(), Recipe(), out=tmp_path)
-    with pytest.raises(ValueError, match="small_maps needs a 3x3"):
-        run_variants(["resnet18", "resnet20"], load_digits(), Recipe(), out=tmp_path, small_maps=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_net_that_diverges_does_not_hide_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fit_or_diverge(*args: Any, name: str, **options: Any) -> Result:
-        if name == "resnet20":
-            raise Diverged("the loss of resnet20 was NaN")
-        return fit(*args, name=name, **options)
-
-    monkeypatch.setattr(experiment, "fit", fit_or_diverge)
-    names, recipe = ["resnet20", "resnet20_noskip"], replace(RECIPE, epochs=1)
-    with pytest.raises(SomeDiverged, match="the loss of resnet20 was NaN"):
-        run_experiment(names, tiny_dataset(), recipe, out=tmp_path, gradients=False, progress=False)
-    assert "ResNet-20 without skips" in capsys.readouterr().out
-    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert result["name"] == "resnet20_noskip"
+    assert environment.environment(torch.device("cpu"))["command"] == said
 
 
 def test_net_is_in_evaluation_mode_after_a_run_and_after_the_same_call(tmp_path: Path) -> None:
@@ -737,24 +676,22 @@ def test_intervals_below_zero_and_nan_are_refused(option: str, value: float, tmp
         tiny_fit(tmp_path, **{option: value})
 
 
-@pytest.mark.parametrize("seed", [2**70, -(2**63) - 1])
-def test_seed_of_more_than_64_bits_is_refused(seed: int) -> None:
-    with pytest.raises(ValueError, match=rf"seed must be at least -2\*\*63 and below 2\*\*64, got {seed}"):
-        build_net("resnet20", tiny_dataset(), seed)
-
-
 def test_commit_is_that_of_the_source_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
     run(["git", "init"])
     run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "something else"])
-    source = tmp_path / "package" / "environment.py"
-    source.parent.mkdir()
-    source.write_text("")
+    source, other = tmp_path / "package" / "training" / "environment.py", tmp_path / "package" / "layers.py"
+    source.parent.mkdir(parents=True)
+    for file in (source, other):
+        file.write_text("")
     monkeypatch.setattr(environment, "__file__", str(source))
     assert environment.commit() is None
     run(["git", "add", "package"])
     run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "the source"])
+    (tmp_path / "notes.txt").write_text("of something else")
     assert re.fullmatch("[0-9a-f]{40}", str(environment.commit()))
+    other.write_text("changed")
+    assert re.fullmatch(r"[0-9a-f]{40}\+changes", str(environment.commit()))
 
 
 def test_torn_line_of_the_log_does_not_take_the_next_one_with_it(tmp_path: Path) -> None:
@@ -820,6 +757,11 @@ def test_entry_reaches_every_option_of_a_recipe(capsys: pytest.CaptureFixture[st
         assert name == "name" or f"--{name.replace('_', '-')}" in shown
     for default in ("(default: resnet18)", "(default: cifar10)", "(default: 300.0)", "he2015"):
         assert default in shown
+
+
+def test_entry_passes_the_timeout_on() -> None:
+    with pytest.raises(ValueError, match="timeout_seconds must be positive and finite, got 0"):
+        entry.main(["--dataset", "digits", "--timeout-seconds", "0"])
 
 
 def test_entry_passes_the_options_on(tmp_path: Path) -> None:
@@ -898,22 +840,3 @@ def test_step_asks_the_device_nothing(clip: float) -> None:
         assert reads.seen == []
         loop.meter.values[0].item()
     assert reads.seen == ["_local_scalar_dense"]  # the counter counts
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("resnet18_noskip", "ResNet-18 without skips"),
-        ("baseline_cnn_bn", "Baseline CNN with batch norm"),
-        ("baseline_cnn_20", "Baseline CNN-20"),
-        ("preact_resnet110", "Pre-activation ResNet-110"),
-        ("wrn_28_10", "WRN-28-10"),
-        ("resnext29_8x64d", "ResNeXt-29, 8x64d"),
-        ("densenet_bc_100_12", "DenseNet-BC (L=100, k=12)"),
-        ("densenet_40_12", "DenseNet (L=40, k=12)"),
-        ("densenet121", "DenseNet-121"),
-        ("mine", "mine"),
-    ],
-)
-def test_titles_are_as_the_papers_write_them(name, words):
-    assert title(name) == words

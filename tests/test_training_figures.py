@@ -1,0 +1,281 @@
+"""What is made of runs: experiments of several nets, tables and figures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from training_workers import RECIPE, tiny_dataset, tiny_fit, tiny_net
+
+from resblocks.training import (
+    PAPER,
+    Dataset,
+    Diverged,
+    Recipe,
+    Result,
+    SomeDiverged,
+    build_net,
+    draw_figures,
+    experiment,
+    figures,
+    fit,
+    folder,
+    load_digits,
+    results_table,
+    run_experiment,
+    run_variants,
+)
+from resblocks.training.figures import draw_depths
+from resblocks.training.result import title
+
+
+@pytest.mark.parametrize(
+    ("variant", "params"), [("resnet18", 11_173_962), ("resnet18_noskip", 11_000_138), ("resnet20", 269_722)]
+)
+def test_variants_are_the_papers_nets(variant: str, params: int) -> None:
+    images, labels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    data = Dataset("x", tuple("abcdefghij"), images, labels, images, labels)
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in build_net(variant, data).parameters()) == params
+
+
+@pytest.mark.parametrize(("size", "kernel"), [((64, 64), 3), ((64, 65), 7)])
+def test_images_of_at_most_64_pixels_get_the_stem_of_cifar(size: tuple[int, int], kernel: int) -> None:
+    images, labels = torch.zeros(1, 3, *size, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    with torch.device("meta"):
+        net = build_net("resnet18", Dataset("x", ("a", "b"), images, labels, images, labels))
+    assert next(net.parameters()).shape[-1] == kernel
+
+
+@pytest.mark.parametrize("seed", [2**70, -(2**63) - 1])
+def test_seed_of_more_than_64_bits_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match=rf"seed must be at least -2\*\*63 and below 2\*\*64, got {seed}"):
+        build_net("resnet20", tiny_dataset(), seed)
+
+
+def test_variants_start_from_the_weights_of_the_seed(tmp_path: Path) -> None:
+    recipe, starts = replace(RECIPE, epochs=1, batch_size=80), []
+    for seed in (0, 1):
+        options = {"seed": seed, "device": "cpu", "gradients": False, "progress": False}
+        (result,) = run_variants(["resnet20"], tiny_dataset(), recipe, out=tmp_path / str(seed), **options)
+        starts.append(result.settings["net"]["starting_weights"])
+    assert not folder.are_same(*starts)
+
+
+def test_wrong_name_stops_before_the_first_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="resnet19"):
+        run_variants(["resnet20", "resnet19"], load_digits(), Recipe(), out=tmp_path)
+    for wrong in (["resnet20", "resnet20"], []):
+        with pytest.raises(ValueError, match="models must be at least one, and differ from each other"):
+            run_variants(wrong, load_digits(), Recipe(), out=tmp_path)
+    with pytest.raises(ValueError, match="small_maps needs a 3x3"):
+        run_variants(["resnet18", "resnet20"], load_digits(), Recipe(), out=tmp_path, small_maps=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_net_that_diverges_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fit_or_diverge(*args: Any, name: str, **options: Any) -> Result:
+        if name == "resnet20":
+            raise Diverged("the loss of resnet20 was NaN")
+        return fit(*args, name=name, **options)
+
+    monkeypatch.setattr(experiment, "fit", fit_or_diverge)
+    names, recipe = ["resnet20", "resnet20_noskip"], replace(RECIPE, epochs=1)
+    with pytest.raises(SomeDiverged, match="the loss of resnet20 was NaN"):
+        run_experiment(names, tiny_dataset(), recipe, out=tmp_path, gradients=False, progress=False)
+    assert "ResNet-20 without skips" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert result["name"] == "resnet20_noskip"
+
+
+# Tables
+
+
+def _made_up(name: str, seed: int, epochs: int = 3) -> Result:
+    """A result with numbers of its own."""
+    settings = {
+        "dataset": {"name": "tiny", "split": "test"},
+        "recipe": {"name": "paper"},
+        "seed": seed,
+        "precision": "float32",
+    }
+    record = {
+        "train_loss": 1.0,
+        "train_accuracy_percent": 50.0,
+        "eval_loss": 1.25,
+        "eval_accuracy_percent": 40.0,
+        "seconds": 1.5,
+    }
+    layers = [{"name": f"layer{n}.weight", "mean_abs": 10.0**-n, "norm": 1.0} for n in range(1, 5)]
+    layers.append({"name": "block.shortcut.conv.weight", "mean_abs": 1.0, "norm": 1.0})
+    history = [
+        {**record, "epoch": epoch, "eval_accuracy_percent": 40.0 + epoch + seed} for epoch in range(1, epochs + 1)
+    ]
+    return Result(
+        name, 11_173_962, settings, {}, history, [{"epoch": epoch, "layers": layers} for epoch in range(epochs + 1)]
+    )
+
+
+def test_table_has_the_papers_numbers_beside_ours() -> None:
+    table = results_table([_made_up(name, seed) for seed, name in enumerate(PAPER)], on_cifar10=True).splitlines()
+    header = ["net", "accuracy (%)", "paper (%)", "loss", "parameters", "training (s)"]
+    assert [cell.strip() for cell in table[0].split("|")[1:-1]] == header
+    assert [cell.strip() for cell in table[4].split("|")[1:-1]] == [
+        "ResNet-18",
+        "45.00",
+        "89.9",
+        "1.2500",
+        "11,173,962",
+        "4.5",
+    ]
+    assert len({len(line) for line in table}) == 1
+    assert "89.9" not in results_table([_made_up("resnet18", 0)], on_cifar10=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "shown"),
+    [("CIFAR-10 (PNG)", "test", True), ("CIFAR-10", "validation", False), ("CIFAR-100", "test", False)],
+)
+def test_paper_is_shown_beside_its_test_set_alone(
+    name: str,
+    split: str,
+    shown: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(experiment, "fit", lambda *args, **options: _made_up("resnet18", 0))
+    monkeypatch.setattr(experiment, "draw_figures", lambda *args: [])
+    run_experiment(["resnet18"], replace(tiny_dataset(), name=name, split=split), RECIPE, out=tmp_path)
+    assert ("89.9" in capsys.readouterr().out) is shown
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet18_noskip", "ResNet-18 without skips"),
+        ("baseline_cnn_bn", "Baseline CNN with batch norm"),
+        ("baseline_cnn_20", "Baseline CNN-20"),
+        ("preact_resnet110", "Pre-activation ResNet-110"),
+        ("wrn_28_10", "WRN-28-10"),
+        ("resnext29_8x64d", "ResNeXt-29, 8x64d"),
+        ("densenet_bc_100_12", "DenseNet-BC (L=100, k=12)"),
+        ("densenet_40_12", "DenseNet (L=40, k=12)"),
+        ("densenet121", "DenseNet-121"),
+        ("mine", "mine"),
+    ],
+)
+def test_titles_are_as_the_papers_write_them(name, words):
+    assert title(name) == words
+
+
+# Figures
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The figures that are drawn, by name, in place of files."""
+    kept: dict[str, Any] = {}
+    monkeypatch.setattr(figures, "_save", lambda figure, path, formats: kept.update({path.name: figure}) or [])
+    return kept
+
+
+def test_figures_show_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, Any] = {}
+    original = figures._save
+
+    def keep(figure: Any, path: Path, formats: Any) -> list[Path]:
+        kept[path.name] = {
+            axes.get_title(): [(line.get_label(), line.get_ydata().tolist()) for line in axes.lines]
+            for axes in figure.axes
+        }
+        return original(figure, path, formats)
+
+    monkeypatch.setattr(figures, "_save", keep)
+    results = [_made_up(name, seed) for seed, name in enumerate(PAPER)]
+    files = draw_figures(results, tmp_path, ("png", "svg"))
+    assert [file.name for file in files[::2]] == [
+        f"figure{name}.png"
+        for name in ("1_training", "2_validation", "3_gradients", "4_training_all", "5_validation_all")
+    ]
+    for file in files[::2]:
+        with Image.open(file) as image:
+            assert image.size[0] > 1000
+            assert len(set(image.convert("L").resize((64, 64)).tobytes())) > 10
+    two, three = ["Baseline CNN", "ResNet-18"], ["Baseline CNN", "ResNet-18 without skips", "ResNet-18"]
+    for name, labels in (("figure2_validation", two), ("figure5_validation_all", three)):
+        lines = kept[name]["Accuracy, test set"]
+        assert [label for label, _ in lines] == labels
+        assert lines[-1][1] == [43.0, 44.0, 45.0]
+    gradients = kept["figure3_gradients"]["At initialisation"]
+    assert gradients[0] == ("Baseline CNN", [0.1, 0.01, 0.001, 0.0001])  # the projection is left out
+
+
+def test_figures_show_mean_and_range_of_seeds(drawn: dict[str, Any], tmp_path: Path) -> None:
+    draw_figures([_made_up("resnet18", seed) for seed in (0, 1, 5)], tmp_path)
+    axes = drawn["figure2_validation"].axes[0]
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[43.0, 44.0, 45.0]]
+    (band,) = axes.collections
+    assert band.get_paths()[0].get_extents().intervaly.tolist() == [41.0, 48.0]
+    with pytest.raises(ValueError, match=r"same epochs, resnet18 has \[2, 3\]"):
+        draw_figures([_made_up("resnet18", 0), _made_up("resnet18", 1, epochs=2)], tmp_path)
+
+
+@pytest.mark.parametrize(("smoothing", "loss"), [(0.0, "Cross-entropy loss"), (0.1, "Loss with smoothed labels")])
+def test_figures_say_which_loss_they_show(smoothing: float, loss: str, drawn: dict[str, Any], tmp_path: Path) -> None:
+    result = _made_up("resnet18", 0)
+    result.settings["recipe"]["label_smoothing"] = smoothing
+    draw_figures([result], tmp_path)
+    assert drawn["figure1_training"].axes[1].get_title() == f"{loss}, training set"
+    assert drawn["figure2_validation"].axes[1].get_title() == "Cross-entropy loss, test set"
+
+
+def test_figure_of_gradients_shows_the_start_and_the_end(drawn: dict[str, Any], tmp_path: Path) -> None:
+    result = _made_up("resnet18", 0)
+    result.gradients[-1]["layers"] = [{"name": "layer1.weight", "mean_abs": 0.5, "norm": 1.0}]
+    draw_figures([result], tmp_path)
+    axes = drawn.pop("figure3_gradients").axes[1]
+    assert (axes.get_title(), axes.lines[0].get_ydata().tolist()) == ("After 3 epochs", [0.5])
+    result.gradients.pop()  # as of a run that lacks its end
+    draw_figures([result], tmp_path)
+    assert "figure3_gradients" not in drawn
+
+
+def test_figures_need_results(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one finished epoch"):
+        draw_figures([], tmp_path)
+
+
+def test_net_that_trains_norms_alone_has_no_gradients_by_layer(tmp_path: Path) -> None:
+    net = tiny_net()
+    for layer in net.modules():
+        if not isinstance(layer, nn.BatchNorm2d):
+            for weight in layer.parameters(recurse=False):
+                weight.requires_grad_(False)
+    result = tiny_fit(tmp_path, net, gradients=True)
+    assert [moment["layers"] for moment in result.gradients] == [[]] * (1 + len(result.epochs))
+    assert "figure3_gradients.png" not in [path.name for path in draw_figures([result], tmp_path)]
+
+
+def test_figure_of_depths_shows_the_last_epoch_of_each_kind(drawn: dict[str, Any], tmp_path: Path) -> None:
+    names = ("resnet56", "resnet20", "resnet20_noskip", "resnet56_noskip")
+    draw_depths([_made_up(name, 10 * at + seed) for at, name in enumerate(names) for seed in (0, 2)], tmp_path)
+    axes = drawn["depths"].axes[1]
+    assert axes.get_title() == "Accuracy, test set"
+    assert {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines} == {
+        "with skips": ([20, 56], [54.0, 44.0]),
+        "without skips": ([20, 56], [64.0, 74.0]),
+    }
+
+
+def test_figure_of_depths_needs_results(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="draw_depths needs results with at least one finished epoch each"):
+        draw_depths([], tmp_path)
