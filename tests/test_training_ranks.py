@@ -44,6 +44,10 @@ def test_two_ranks_take_the_images_that_one_takes(two: Path, tmp_path: Path) -> 
     assert together[:5] != together[5:]  # another order in the next one
 
 
+def test_result_says_how_many_processes_trained(two: Path) -> None:
+    assert Result.read(two / "result.json").environment["processes"] == 2
+
+
 def _epochs(out: Path) -> list[dict[str, Any]]:
     return Result.read(out / "result.json").epochs
 
@@ -167,6 +171,7 @@ def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
         ("seed", 1, "seed is 0 on process 0, 1 on 1"),
         ("evaluated", 39, "dataset.sha256 is "),
         ("checkpoint_steps", 3, "checkpoint_steps is 2 on process 0, 3 on 1"),
+        ("gradients", False, "gradients is True on process 0, False on 1"),
     ],
 )
 def test_ranks_with_other_settings_do_not_train_together(option: str, value: Any, said: str, tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
+import pickle
 import resource
 import signal
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +27,10 @@ from training_workers import RECIPE, STEPS, error_of, run, tiny_fit, tiny_net, w
 from resblocks import BasicBlock, Network, ResNet, set_skip
 from resblocks.training import FolderLock, Result, folder, load_checkpoint, load_weights, save_checkpoint
 from resblocks.training.checkpoint import digest_path, list_checkpoints
-from resblocks.training.files import write_atomic
+from resblocks.training.files import write_atomic, write_digested
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and resource limits of POSIX")
+FIT = sys.modules["resblocks.training.fit"]  # the module, whose name is that of its function
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +141,44 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(how: str, unbroken:
     assert weights_of(tmp_path) == unbroken
 
 
+def test_digest_that_is_no_text_is_damage(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, {"step": 3}, step=3, epochs_done=0)
+    digest_path(path).write_bytes(b"\xff" + digest_path(path).read_bytes())
+    with pytest.warns(UserWarning, match="is damaged or incomplete"):
+        assert load_checkpoint(tmp_path) is None
+
+
+def _count_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second between any two looks of a run at the clock, and many before the first."""
+    clock = SimpleNamespace(monotonic=itertools.count(round(time.monotonic()) + 10**4).__next__)
+    monkeypatch.setattr(FIT, "time", clock)
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0, [*range(1, 11)]), (8, [1, 5, 9, 10]), (1e9, [5, 10])])
+def test_checkpoints_are_written_by_the_clock_and_after_an_epoch(
+    seconds: float, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+
+    def save(*args: Any, step: int, **more: Any) -> Path:
+        saved.append(step)
+        return save_checkpoint(*args, step=step, **more)
+
+    _count_seconds(monkeypatch)  # three in each step
+    monkeypatch.setattr(FIT, "save_checkpoint", save)
+    tiny_fit(tmp_path, checkpoint_steps=0, checkpoint_seconds=seconds)
+    assert saved == steps
+
+
+def test_time_of_an_epoch_is_its_own_and_outlives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _count_seconds(monkeypatch)
+    whole = tiny_fit(tmp_path / "whole")
+    with pytest.raises(SystemExit, match="143"):
+        _fit_with_fault(tmp_path / "broken", tiny_net(), "signal", 2)
+    broken = tiny_fit(tmp_path / "broken")
+    assert len({epoch["seconds"] for result in (whole, broken) for epoch in result.epochs}) == 1
+
+
 def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
     tiny_fit(tmp_path)
     assert [path.name for path in list_checkpoints(tmp_path)] == [
@@ -162,9 +204,12 @@ def test_full_disk_keeps_what_was_there(unbroken: bytes, tmp_path: Path) -> None
 
 def test_checkpoint_holds_tensors_and_plain_types(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {"net": {"weight": torch.ones(2)}, "step": 3}, step=3, epochs_done=0)
-    found = load_checkpoint(tmp_path)  # weights_only=True
+    found = load_checkpoint(tmp_path)
     assert found is not None
     assert torch.equal(found[1]["net"]["weight"], torch.ones(2))
+    save_checkpoint(tmp_path, {"step": Path("code")}, step=4, epochs_done=0)
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):  # what it holds is not run
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +279,20 @@ def test_weights_in_another_order_are_others() -> None:
     turned = {name: tensor.flip(0) for name, tensor in state.items()}
     assert folder.are_same(folder.weights(state), folder.weights(state)[:2])  # as older folders have them
     assert not folder.are_same(folder.weights(state), folder.weights(turned))
+    one, other = torch.randn(20), torch.randn(20)
+    first, second = ({"a": one, "b": other}, {"a": other, "b": one})
+    assert not folder.are_same(folder.weights(first), folder.weights(second))
+
+
+class _Says(torch.nn.Identity):
+    def extra_repr(self) -> str:
+        return repr(self.keep)
+
+
+def test_address_in_what_a_layer_says_is_no_setting() -> None:
+    one, other = _Says(), _Says()
+    one.keep, other.keep = (lambda x: x), (lambda x: x)
+    assert folder.layers(one) == folder.layers(other)
 
 
 def test_weights_that_went_bad_are_not_saved(tmp_path: Path) -> None:
@@ -293,6 +352,20 @@ def test_folder_of_other_settings_is_refused(change: dict[str, object], message:
     with pytest.raises(ValueError, match=message):
         tiny_fit(tmp_path, **change)
     assert files() == before
+
+
+def test_finished_run_without_its_checkpoints_is_no_other_run(tmp_path: Path) -> None:
+    tiny_fit(tmp_path)
+    for checkpoint in list_checkpoints(tmp_path):
+        checkpoint.unlink()
+    with pytest.raises(ValueError, match="seed is 0 there, 1 now"):
+        tiny_fit(tmp_path, seed=1)
+
+
+def test_finished_run_of_a_layer_with_other_options_is_refused(tmp_path: Path) -> None:
+    tiny_fit(tmp_path, tiny_net(dropout=0.3))
+    with pytest.raises(ValueError, match=r"net.layers is .* there"):
+        tiny_fit(tmp_path, tiny_net(dropout=0.1))
 
 
 @pytest.mark.parametrize("content", ['{"name": "tiny", "params": 1, "settings": {}, "environment": {}}', "[]"])
@@ -497,6 +570,32 @@ def test_file_system_that_cannot_sync_a_folder_will_do(
     assert (tmp_path / "file").read_text() == "content"
 
 
+def test_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    rename = os.replace
+
+    def fsync(descriptor: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("rename"), rename(*paths)))
+    write_atomic(tmp_path / "file", "content")
+    assert done == ["file", "rename", "folder"]
+
+
+def test_file_that_does_not_read_back_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.replace
+
+    def faulty(source: Path, target: Path) -> None:
+        if target.suffix == ".pt":
+            source.write_bytes(b"other bytes")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", faulty)
+    with pytest.raises(RuntimeError, match=r"a\.pt does not read back as it was written"):
+        write_digested(tmp_path / "a.pt", b"bytes")
+
+
 def test_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RuntimeError, match="file cannot be an output folder: File exists"):
@@ -514,12 +613,11 @@ def test_gradients_are_recorded_without_a_trace_in_the_training(unbroken: bytes,
 
 
 def test_result_says_all_that_a_run_was_made_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["resblocks.training.fit"]
     for step, commit in ((3, "first"), (6, "first"), (8, "second")):
-        monkeypatch.setattr(module, "environment", lambda *args, commit=commit, **more: {"commit": commit})
+        monkeypatch.setattr(FIT, "environment", lambda *args, commit=commit, **more: {"commit": commit})
         with pytest.raises(SystemExit, match="143"):
             _fit_with_fault(tmp_path, tiny_net(), "signal", step)
-    monkeypatch.setattr(module, "environment", lambda *args, **more: {"commit": "third"})
+    monkeypatch.setattr(FIT, "environment", lambda *args, **more: {"commit": "third"})
     result = tiny_fit(tmp_path)
     assert result.environment == {"commit": "third"}
     assert result.earlier_environments == [{"commit": "first"}, {"commit": "second"}]
@@ -569,3 +667,12 @@ def test_line_of_an_epoch_that_a_kill_kept_from_the_log_is_made_up_for(tmp_path:
         {"time": event["time"], "event": "epoch", **epoch}
         for event, epoch in zip((events[1], events[3]), result.epochs, strict=True)
     ]
+
+
+@pytest.mark.parametrize("line", ["[1]", "{}", "1", '{"event": "epoch"}'])
+def test_line_of_the_log_that_says_something_else_does_not_stop_a_run(line: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="143"):
+        _fit_with_fault(tmp_path, tiny_net(), "signal", 6)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write(line + "\n")
+    assert len(tiny_fit(tmp_path).epochs) == 2
