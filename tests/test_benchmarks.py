@@ -1,13 +1,23 @@
-"""The benchmarks' memory figures are exact, so they are tests: of small nets here, and those of the result files."""
+"""The benchmarks' memory figures are exact, so they are tests: of small nets here, and those of the result files.
+
+And what the benchmarks have in common: turns, ratios, files of results.
+"""
 
 from __future__ import annotations
 
 import json
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import dense_memory
+import names
+import peers
 import pytest
 import scaling
+import torch
 import train_step
+from turns import against, take_turns
 
 PLAIN = ("torchvision", "resblocks", "resblocks out of place")
 
@@ -58,3 +68,63 @@ def test_point_of_the_curves_is_that_of_the_result_file() -> None:
 def test_small_maps_contestant_uses_products() -> None:
     net = train_step.small_maps("resnet18_cifar")
     assert {type(module).__name__ for module in net.stages[3][1].branch} >= {"SmallMapConv2d"}
+
+
+def test_contestants_take_turns_after_a_round_that_does_not_count() -> None:
+    called: list[str] = []
+    now = [0]
+
+    def step(name: str) -> None:
+        called.append(name)
+        now[0] += len(called)
+
+    seconds = take_turns({name: partial(step, name) for name in "abc"}, 2, lambda: now[0])
+    assert "".join(called) == "bca" + "cab" + "abc"
+    assert seconds == {"a": [5, 7], "b": [6, 8], "c": [4, 9]}
+
+
+def test_ratios_are_to_the_baseline_in_the_same_round() -> None:
+    found = against({"base": [1.0, 2.0, 4.0], "ours": [2.0, 2.0, 2.00004]}, "base")
+    assert found["base"] == {"cpu_seconds": [1.0, 2.0, 4.0], "ratio_min": 1, "ratio_median": 1, "ratio_max": 1}
+    ours = {"cpu_seconds": [2.0, 2.0, 2.0], "ratio_min": 0.50001, "ratio_median": 1.0, "ratio_max": 2.0}
+    assert found["ours"] == ours
+
+
+def test_new_cases_replace_those_of_the_same_settings_and_device() -> None:
+    def case(batch: int, device: str, found: float) -> dict[str, Any]:
+        return {"batch": batch, "rows": {"x": found}, "environment": {"device": device, "commit": str(found)}}
+
+    kept = [case(1, "AVX2", 0.1), case(2, "AVX2", 0.2), case(1, "AVX512", 0.3)]
+    new = [case(1, "AVX2", 0.4), case(4, "AVX2", 0.5)]
+    assert peers.merged(kept, new) == [*kept[1:], *new]
+
+
+def test_memory_that_differs_is_an_error_but_for_a_peer_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, ours, theirs = tmp_path / "file.json", {"resblocks": {"peak": 2}}, {"timm checkpointed": {"peak": 1}}
+    file.write_text(json.dumps({"memory": {"resnet18": ours | theirs}}))
+    monkeypatch.setattr(peers, "is_installed", lambda package: True)
+    peers.check_memory(file, {"resnet18": ours | theirs})
+    for now in ({"resnet18": theirs | {"resblocks": {"peak": 3}}}, {"resnet18": ours}, {}):
+        with pytest.raises(SystemExit, match=r"memory differs from file.json:\nresnet18 "):
+            peers.check_memory(file, now)
+    monkeypatch.setattr(peers, "is_installed", lambda package: False)
+    peers.check_memory(file, {"resnet18": ours})
+
+
+def test_emulated_bfloat16_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "has_fast_bfloat16", lambda device: True)
+    assert peers.timed_dtype("bfloat16") == torch.bfloat16
+    monkeypatch.setattr(peers, "has_fast_bfloat16", lambda device: False)
+    assert peers.timed_dtype("float32") == torch.float32
+    with pytest.raises(SystemExit, match="dtype must be float32: this processor emulates bfloat16"):
+        peers.timed_dtype("bfloat16")
+
+
+def test_pair_whose_weights_do_not_come_back_is_not_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    back = names.interop.to_timm
+    monkeypatch.setattr(names.interop, "to_timm", lambda net: {key: 2 * value for key, value in back(net).items()})
+    found = names.compare(*names.pairs()["torchvision:resnet18"], seed=0)
+    assert (found["notes"], found["dtype"]) == ([], "float32")  # otherwise they are
+    assert (found["weights_back_exact"], found["equal"]) == (False, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import runpy
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,18 @@ def test_switched_net_under_ddp_needs_to_be_told(tmp_path: Path) -> None:
             untold(x)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_rank_that_dies_without_a_word_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Died:
+        returncode = -9
+
+        def communicate(self, timeout: float) -> tuple[str, str]:
+            return "", "Connection closed by peer"
+
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: Died())
+    with pytest.raises(AssertionError, match=r"a rank ended with \[-9, -9\]"):
+        COMPAT["distributed"]("ddp", COMPAT["SMALL"]["basic"])
 
 
 class Wild(torch.nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from resblocks.training.result import seeds_in_words
+from resblocks.training.result import Result, seeds_in_words
 
 REPORT = Path(__file__).parent.parent / "benchmarks" / "report.py"
 
@@ -70,6 +70,28 @@ def write(runs: Any, *results: dict[str, Any]) -> None:
 def test_every_table_is_up_to_date() -> None:
     done = subprocess.run([sys.executable, str(REPORT), "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_check_says_what_is_out_of_date_and_changes_nothing(
+    runs: Any,
+    report: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main(*options: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["report.py", *options])
+        return report["main"]()
+
+    stale, readme = "<!-- names-out:begin -->\nof yesterday\n<!-- names-out:end -->\n", tmp_path / "README.md"
+    readme.write_text(stale)
+    monkeypatch.setitem(report["main"].__globals__, "ROOT", tmp_path)
+    assert main("--check") == 1
+    assert "out of date, run python benchmarks/report.py: README.md" in capsys.readouterr().err
+    assert readme.read_text() == stale
+    assert main() == 0
+    assert "of yesterday" not in readme.read_text()
+    assert main("--check") == 0
 
 
 def test_table_shows_the_last_epoch_of_all_seeds(runs: Any) -> None:
@@ -156,6 +178,32 @@ def test_runs_of_different_options_are_in_different_tables(runs: Any, where: str
     text = runs.tables("tiny")
     assert text.count("| net |") == 2
     assert text.count(f"bfloat16, {option} {value}, seed 0") == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        ("settings", "precision", "float32"),
+        ("settings", "dataset", {"name": "CIFAR-10", "split": "validation"}),
+        ("settings", "dataset", {"name": "CIFAR-10", "split": "test", "sha256": "0123"}),
+        ("environment", "device", "cuda"),
+    ],
+)
+def test_runs_of_other_data_precision_or_device_are_in_different_tables(
+    runs: Any, where: str, name: str, value: object
+) -> None:
+    other = finished("resnet18_noskip", 0, 80.0)
+    other[where][name] = value
+    write(runs, finished("resnet18", 0, 90.0), other)
+    assert runs.tables("tiny").count("| net |") == 2
+
+
+def test_depths_are_compared_where_both_kinds_are_there(runs: Any) -> None:
+    names = ("resnet20", "resnet20_noskip", "resnet32", "resnet56_noskip", "resnet110")
+    some = [finished(name, 0, 90.0) for name in names]
+    assert runs.compared_depths(some) == {20}
+    ends = runs.ends([Result(**run) for run in some])
+    assert [result.name for result in ends] == ["resnet20", "resnet20_noskip", "resnet110"]
 
 
 def test_older_run_that_says_less_shares_table_and_figures(runs: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from recompress import through_jpeg
 
 from resblocks import list_models
-from resblocks.training import Ranks
+from resblocks.training import Ranks, Result
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,59 @@ def test_sweep_refuses_a_file_of_other_settings(monkeypatch: pytest.MonkeyPatch,
     file.write_text(json.dumps({"settings": settings}))
     with pytest.raises(ValueError, match=r"resnet20_digits_epochs-1_seed-0.json holds a run with recipe .*'lr': 7.0"):
         run(monkeypatch, tmp_path, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dataset": {"name": "CIFAR-10", "split": "test"}}, "holds a run with dataset .*CIFAR-10"),
+        ({"seed": 3}, "holds a run with seed 3, not 0"),
+    ],
+)
+def test_file_of_another_cell_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    cell, file, digits = sweep.PROGRAMMES["tiny"][0], tmp_path / "file.json", sweep.load("digits", tmp_path)
+    settings = sweep.wanted(cell, digits)
+    file.write_text(json.dumps({"settings": settings}))
+    assert sweep.is_finished(file, cell, digits)
+    file.write_text(json.dumps({"settings": settings | change}))
+    with pytest.raises(ValueError, match=said):
+        sweep.is_finished(file, cell, digits)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"settings": null}'])
+def test_damaged_file_is_said(content: str, tmp_path: Path) -> None:
+    cell, file = sweep.PROGRAMMES["tiny"][0], tmp_path / "file.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"file.json is damaged .*: remove it"):
+        sweep.is_finished(file, cell, sweep.load("digits", tmp_path))
+
+
+def test_cell_decides_the_seed_and_the_command_line_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nets, seeds, given = [], [], []
+
+    def fit(net: torch.nn.Module, *args: Any, seed: int = 0, **options: Any) -> Result:
+        nets.append(net)
+        seeds.append(seed)
+        given.append({name: value for name, value in options.items() if name not in ("out", "name", "ranks")})
+        return Result("resnet20", 1, {}, {})
+
+    tiny = sweep.cells(["resnet20"], "digits", seeds=2, dataset="digits")
+    monkeypatch.setitem(sweep.PROGRAMMES, "tiny", tiny)
+    monkeypatch.setattr(sweep, "fit", fit)
+    assert run(monkeypatch, tmp_path, "tiny", "--precision", "bfloat16") == 0
+    assert seeds == [0, 1]
+    assert not torch.equal(*(net.head.weight for net in nets))
+    how = {"device": "cpu", "precision": "bfloat16", "compile": False, "compile_mode": "default", "graph": False}
+    assert given == [how, how]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_first_process_alone_writes(rank: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ranks, file = Ranks(), tmp_path / "file.json"
+    ranks.rank = rank
+    monkeypatch.setattr(sweep, "fit", lambda *args, **options: Result("resnet20", 1, {}, {}))
+    assert sweep.run_cell(sweep.PROGRAMMES["tiny"][0], sweep.load("digits", tmp_path), file, tmp_path, ranks, {})
+    assert file.exists() is (rank == 0)
 
 
 def test_run_from_before_an_option_existed_had_its_default(
