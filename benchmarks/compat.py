@@ -15,7 +15,6 @@ import copy
 import gc
 import io
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from resblocks.joins import LayerScale
 from resblocks.layers import WSConv2d, batch_norm, blur_downsample, group_norm
 from resblocks.models import MODELS
 from resblocks.training.environment import commit, environment
+from resblocks.training.files import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results" / "compat_cpu_2026-11.json"
 Build = Callable[..., nn.Module]
@@ -470,10 +470,7 @@ def main() -> None:
             rows.setdefault(name, {})[check] = run(name, check)
             print(name, "|", check, "|", rows[name][check], flush=True)
             gc.collect()
-            found = {"environment": environment(torch.device("cpu")), "rows": rows}
-            with tempfile.NamedTemporaryFile("w", dir=args.out.parent, delete=False, encoding="utf-8") as file:
-                file.write(json.dumps(found, indent=1) + "\n")
-            os.replace(file.name, args.out)
+            write_json(args.out, {"environment": environment(torch.device("cpu")), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch import nn
 from resblocks import interop
 from resblocks.interop.compare import largest
 from resblocks.training.environment import environment
+from resblocks.training.files import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results" / "names_cpu_2026-11.json"
 TOO_LARGE = ("timm:resnetv2_152x4_bit",)  # weights and gradients of both in float64 take 30 GB; run by name only
@@ -98,8 +99,7 @@ def main() -> None:
             "seed": args.seed,
             "rows": done,
         }
-        args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,13 @@ def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}_cpu_2026-11.json").read_text(encoding="utf-8"))
 
 
+def markdown(header: list[str], rows: list[list[str]], align: str) -> str:
+    """A Markdown table; `align` has one letter a column, l or r."""
+    rule = {"l": "---", "r": "---:"}
+    lines = [header, [rule[letter] for letter in align], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 def train_memory() -> Table:
     """What a step keeps, its peak, and what it allocates in all, of each contestant."""
     result, rows = read("train_step"), []

@@ -25,22 +25,15 @@ import options
 import performance_tables
 import runs
 from peers import verdict
+from performance_tables import markdown, read
 
 from resblocks import DenseNet, ResNet
 from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION
 from resblocks.training import RECIPES, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 COMPLEXITY = ROOT / "tests" / "expected" / "complexity.json"
 REGION = re.compile(r"(?P<begin><!-- (?P<name>[\w-]+):begin -->\n)(?P<body>.*?)(?P<end><!-- (?P=name):end -->)", re.S)
-
-
-def table(header: list[str], rows: list[list[str]], align: str) -> str:
-    """A markdown table; `align` has one letter a column, l or r."""
-    rule = {"l": "---", "r": "---:"}
-    lines = [header, [rule[letter] for letter in align], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def kind_of(net: dict[str, Any]) -> str:
@@ -72,12 +65,12 @@ def complexity_table(kind: str) -> str:
                 source,
             ]
         )
-    return table(["net", "parameters", "in the paper", "MACs", "input", "source"], rows, "lrrrll")
+    return markdown(["net", "parameters", "in the paper", "MACs", "input", "source"], rows, "lrrrll")
 
 
 def dense_memory_table() -> str:
     """Peak and saved memory of a DenseNet's training step, for each contestant, and whether its step is right."""
-    result = json.loads((RESULTS / "dense_memory_cpu_2026-11.json").read_text(encoding="utf-8"))
+    result = read("dense_memory")
     rows = []
     for net, contestants in result["memory"].items():
         plain = contestants["torchvision"]["peak_bytes"]
@@ -94,13 +87,13 @@ def dense_memory_table() -> str:
         "torchvision's peak over it",
         "buffers",
     ]
-    return table(header, rows, "llrrrl")
+    return markdown(header, rows, "llrrrl")
 
 
 def inference_table() -> str:
     """How much faster than torchvision each contestant answers, and what it was measured with."""
     commits: dict[str, dict[str, None]] = {}  # of each machine, in order
-    for case in performance_tables.read("inference")["cases"]:
+    for case in read("inference")["cases"]:
         environment = case["environment"]
         versions = ", ".join(f"{key} {environment['versions'][key]}" for key in ("torch", "torchvision"))
         commits.setdefault(f"{environment['device']}, {versions}", {})[environment["commit"][:9]] = None
@@ -111,34 +104,34 @@ def inference_table() -> str:
 
 def made(parts: Callable[[], performance_tables.Table]) -> str:
     """The table of header, rows and alignment."""
-    return table(*parts())
+    return markdown(*parts())
 
 
 def options_table() -> str:
     """Each value of each option with its source and the blocks that take it, found by building them."""
-    return table(["option", "value", "source", "blocks"], options.rows(), "llll")
+    return markdown(["option", "value", "source", "blocks"], options.rows(), "llll")
 
 
 def names_table(library: str) -> str:
     """For each name of a library the call that builds our net, and how far it is from theirs."""
-    measured = json.loads((RESULTS / "names_cpu_2026-11.json").read_text(encoding="utf-8"))
+    measured = read("names")
     rows = []
     for name, build in {"torchvision": TORCHVISION, "timm": TIMM}[library].items():
         row = measured["rows"].get(f"{library}:{name}")
         apart = [f"{row[what]:.0e}" if row[what] else "0" for what in MEASURED] if row else ["not run"] * len(MEASURED)
         equal = {True: "yes", False: "no"}[row["equal"]] if row else "not run"
         rows.append([f"`{name}`", f"`{call(build)}`", *apart, row["dtype"] if row else "", equal])
-    return table(["name", "call", *MEASURED.values(), "in", "equal"], rows, "llrrrrll")
+    return markdown(["name", "call", *MEASURED.values(), "in", "equal"], rows, "llrrrrll")
 
 
 def names_out_table() -> str:
     """The residual names of timm that are out."""
-    return table(["name in timm", "why it is out"], [[f"`{name}`", why] for name, why in TIMM_OUT.items()], "ll")
+    return markdown(["name in timm", "why it is out"], [[f"`{name}`", why] for name, why in TIMM_OUT.items()], "ll")
 
 
 def compat_table() -> str:
     """Which tool gives the numbers of which net."""
-    measured = json.loads((RESULTS / "compat_cpu_2026-11.json").read_text(encoding="utf-8"))["rows"]
+    measured = read("compat")["rows"]
     checks, rows, failures = list(compat.CHECKS), [], []
     for net in [net for net in compat.NETS if net in measured]:
         cells = []
@@ -155,7 +148,7 @@ def compat_table() -> str:
     said = "\n".join(
         ["", *failures, "", f"With torch {' and '.join(versions)}; the results file says which where.", ""]
     )
-    return table(["net", *(HEADS.get(check, check) for check in checks)], rows, "l" * (1 + len(checks))) + said
+    return markdown(["net", *(HEADS.get(check, check) for check in checks)], rows, "l" * (1 + len(checks))) + said
 
 
 def recipes_table() -> str:
@@ -164,7 +157,7 @@ def recipes_table() -> str:
     for name, recipe in RECIPES.items():
         changed = {key: value for key, value in recipe.as_dict().items() if value != usual[key] and key != "name"}
         rows.append([f"`{name}`", ", ".join(f"`{key}={value!r}`" for key, value in changed.items())])
-    return table(["recipe", "what it changes"], rows, "ll")
+    return markdown(["recipe", "what it changes"], rows, "ll")
 
 
 def gradients_table() -> str:
@@ -172,7 +165,7 @@ def gradients_table() -> str:
 
     A line a stage: the mean, and the smallest and the largest of the seeds.
     """
-    measured = json.loads(gradients.RESULTS.read_text(encoding="utf-8"))
+    measured = read("gradients")
 
     def cell(row: dict[str, Any], what: str) -> str:
         lines = []
@@ -198,7 +191,7 @@ def gradients_table() -> str:
         "gradient at outputs",
         "variance of outputs, last over first",
     ]
-    return table(header, rows, "rllrrr")
+    return markdown(header, rows, "rllrrr")
 
 
 def two_digits(number: float) -> str:

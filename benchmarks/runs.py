@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sweep
+from performance_tables import markdown
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from scipy import stats
@@ -119,11 +120,7 @@ def with_and_without() -> str:
                 settings = group[0]["settings"]
                 rows.append([title(name), f"{settings['recipe']['epochs']}, {settings['precision']}", *cells])
     columns = [f"{what} %, {how} skips" for what in ("test", "training") for how in ("with", "without")]
-    return markdown(["net", "epochs", *columns], ["---", "---", *["---:"] * 4], rows)
-
-
-def markdown(header: list[str], rule: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows)) + "\n"
+    return markdown(["net", "epochs", *columns], rows, "llrrrr")
 
 
 def caption(group: list[dict[str, Any]]) -> str:
@@ -169,7 +166,7 @@ def table(group: list[dict[str, Any]], *left_out: str) -> str:
     if not is_cifar10:
         left_out = (*left_out, "published, %")
     kept = [name for name in header if name not in left_out and any(row[name] for row in rows)]  # none says nothing
-    return markdown(kept, ["---", *["---:"] * (len(kept) - 1)], [[row[name] for name in kept] for row in rows])
+    return markdown(kept, [[row[name] for name in kept] for row in rows], "l" + "r" * (len(kept) - 1))
 
 
 def mean_and_std(values: Sequence[float], digits: int) -> str:
