@@ -1,8 +1,7 @@
 """What a training step of a residual net costs: ours against torchvision's, timm's and pytorchcv's, same weights.
 
-    python benchmarks/train_step.py                  # gates, memory, time and small maps: 8 minutes on a core
-    python benchmarks/train_step.py --memory-only    # half a minute: counts the memory and writes nothing
-    python benchmarks/train_step.py --check          # the same, and fails where the file says otherwise
+    python benchmarks/train_step.py                  # gates, memory, time and small maps: 10 minutes on a core
+    python benchmarks/train_step.py --check          # half a minute: counts the memory, fails where the file is not so
     python benchmarks/train_step.py --dtype bfloat16 # time under autocast, where the processor has bfloat16
 
 Memory is counted operator by operator (`live_bytes.py`) over one forward and backward, without parameters and input:
@@ -331,14 +330,15 @@ def differentiate(way: Callable[[], Tensor], given: tuple[Tensor, ...]) -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memory-only", action="store_true", help="only count the memory and print it")
     parser.add_argument("--check", action="store_true", help="only compare the memory figures with the file's")
-    parser.add_argument("--only", choices=["gates", "memory", "time", "small_maps"], action="append")
+    parser.add_argument(
+        "--only", choices=["gates", "memory", "time", "small_maps"], action="append", help="may be given several times"
+    )
     parser.add_argument("--net", choices=TIMED, action="append", help="time these alone; the others stay in the file")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rounds", type=int, default=15, help="of the times (default: 15)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the times")
     parser.add_argument("--compile", action="store_true", help="time torch.compile, too")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of the results")
     return parser.parse_args()
 
 
@@ -348,9 +348,6 @@ def main() -> None:
     dtype = timed_dtype(options.dtype)
     if options.check:
         check_memory(options.out, all_memory())
-        return
-    if options.memory_only:
-        show_memory(all_memory())
         return
     parts: dict[str, Callable[[], Any]] = {
         "gates": lambda: {name: gates(name) for name in CASES},
@@ -377,15 +374,6 @@ def keep(part: str, found: Any, path: Path) -> None:
         result["environment"][part] = made
     write_json(path, {**result, part: found})
     print(json.dumps({part: found}, indent=1), flush=True)
-
-
-def show_memory(found: dict[str, Any]) -> None:
-    for name, rows in found.items():
-        for contestant, row in rows.items():
-            kept, peak = (row[key] / row["batch"] / MIB for key in ("saved_bytes", "peak_bytes"))
-            ratios = " ".join(f"x{row[f'{what}_ratio']:.3f}" for what in ("saved", "peak", "made"))
-            extra = f"{row['extra_calls']} calls of its own"
-            print(f"{name:16s} {contestant:24s} {kept:8.2f} {peak:8.2f} MiB an image  {ratios}  {extra}")
 
 
 if __name__ == "__main__":

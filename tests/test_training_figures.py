@@ -65,7 +65,7 @@ def test_variants_start_from_the_weights_of_the_seed(tmp_path: Path) -> None:
         options = {"seed": seed, "device": "cpu", "gradients": False, "progress": False}
         (result,) = run_variants(["resnet20"], tiny_dataset(), recipe, out=tmp_path / str(seed), **options)
         starts.append(result.settings["net"]["starting_weights"])
-    assert not folder.are_same(*starts)
+    assert not folder.same_weights(*starts)
 
 
 def test_wrong_name_stops_before_the_first_training(tmp_path: Path) -> None:

@@ -271,17 +271,17 @@ def test_run_goes_on_with_or_without_gradients_as_it_began(tmp_path: Path) -> No
 def test_function_called_skip_is_no_setting() -> None:
     one, other = tiny_net(), tiny_net()
     one.skip, other.skip = (lambda x: x), (lambda x: x)
-    assert folder.layers(one) == folder.layers(other)
+    assert folder.layers_digest(one) == folder.layers_digest(other)
 
 
 def test_weights_in_another_order_are_others() -> None:
     state = tiny_net().state_dict()
     turned = {name: tensor.flip(0) for name, tensor in state.items()}
-    assert folder.are_same(folder.weights(state), folder.weights(state)[:2])  # as older folders have them
-    assert not folder.are_same(folder.weights(state), folder.weights(turned))
+    assert folder.same_weights(folder.fingerprint(state), folder.fingerprint(state)[:2])  # as older folders have them
+    assert not folder.same_weights(folder.fingerprint(state), folder.fingerprint(turned))
     one, other = torch.randn(20), torch.randn(20)
     first, second = ({"a": one, "b": other}, {"a": other, "b": one})
-    assert not folder.are_same(folder.weights(first), folder.weights(second))
+    assert not folder.same_weights(folder.fingerprint(first), folder.fingerprint(second))
 
 
 class _Says(torch.nn.Identity):
@@ -292,7 +292,7 @@ class _Says(torch.nn.Identity):
 def test_address_in_what_a_layer_says_is_no_setting() -> None:
     one, other = _Says(), _Says()
     one.keep, other.keep = (lambda x: x), (lambda x: x)
-    assert folder.layers(one) == folder.layers(other)
+    assert folder.layers_digest(one) == folder.layers_digest(other)
 
 
 def test_weights_that_went_bad_are_not_saved(tmp_path: Path) -> None:

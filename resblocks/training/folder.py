@@ -24,13 +24,13 @@ from .result import Result
 START = "net.starting_weights"
 
 
-def layout(net: nn.Module) -> str:
+def layout_digest(net: nn.Module) -> str:
     """Digest of names and shapes of the state dict: two nets with the same one can exchange weights."""
     layout = [(name, tuple(tensor.shape)) for name, tensor in net.state_dict().items()]
     return hashlib.sha256(repr(layout).encode()).hexdigest()[:16]
 
 
-def layers(net: nn.Module) -> str:
+def layers_digest(net: nn.Module) -> str:
     """Digest of what the state dict does not tell: kinds and options of all modules, and where skips are off."""
     said = [(name, type(m).__qualname__, m.extra_repr(), switch(m)) for name, m in net.named_modules()]
     without_addresses = re.sub(r" at 0x[0-9a-f]+", "", repr(said))
@@ -43,7 +43,7 @@ def switch(module: nn.Module) -> bool | None:
     return skip if isinstance(skip, bool) else None
 
 
-def weights(state: dict[str, Tensor]) -> list[float]:
+def fingerprint(state: dict[str, Tensor]) -> list[float]:
     """Sum, norm and a sum that knows the order of all values of a state dict but counts, which grow beyond any weight.
 
     No digest of the bits: weights drawn from one seed may differ in the last digits from processor to processor.
@@ -55,20 +55,20 @@ def weights(state: dict[str, Tensor]) -> list[float]:
     }
     total = float(sum(tensor.sum() for tensor in values.values()))
     norm = math.hypot(*(float(tensor.norm()) for tensor in values.values()))
-    return [total, norm, float(sum(tensor @ wave(name, len(tensor)) for name, tensor in values.items()))]
+    return [total, norm, float(sum(tensor @ _mixing_weights(name, len(tensor)) for name, tensor in values.items()))]
 
 
-def wave(name: str, size: int) -> Tensor:
+def _mixing_weights(name: str, size: int) -> Tensor:
     """Weights of a sum over the values of a tensor, none like the next. Shape: (size,)."""
     return torch.arange(size, dtype=torch.float64).add_(zlib.crc32(name.encode()) % 1000).cos_()
 
 
-def are_same(weights: list[float], others: list[float]) -> bool:
-    """Whether two of these are of the same weights, up to rounding; those of two seeds are about a norm apart.
+def same_weights(one: list[float], other: list[float]) -> bool:
+    """Whether two fingerprints are of the same weights, up to rounding; those of two seeds are about a norm apart.
 
-    Older folders have the first two alone.
+    Older folders have the first two numbers alone.
     """
-    return all(abs(one - other) <= 1e-4 * weights[1] for one, other in zip(weights, others, strict=False))
+    return all(abs(mine - theirs) <= 1e-4 * one[1] for mine, theirs in zip(one, other, strict=False))
 
 
 def run_settings(net: nn.Module, name: str, dataset: Dataset, recipe: Recipe, **options: Any) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def run_settings(net: nn.Module, name: str, dataset: Dataset, recipe: Recipe, **
 
 def net_settings(net: nn.Module, name: str) -> dict[str, Any]:
     """What of a net decides the run: its layers, the weights it starts from, and which of them are frozen."""
-    settings: dict[str, Any] = {"name": name, "layout": layout(net), "layers": layers(net)}
-    settings["starting_weights"] = weights(net.state_dict())
+    settings: dict[str, Any] = {"name": name, "layout": layout_digest(net), "layers": layers_digest(net)}
+    settings["starting_weights"] = fingerprint(net.state_dict())
     frozen = sorted(name for name, weight in net.named_parameters() if not weight.requires_grad)
     return settings | ({"frozen": frozen} if frozen else {})
 
@@ -128,12 +128,12 @@ def check_settings(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     here = _flat(settings)
     there = _completed(_flat(written), here)
     different = _different(there, here)
-    if START in different and are_same(there[START], here[START]):
+    if START in different and same_weights(there[START], here[START]):
         different.remove(START)
     if different == [START]:
         if read_finished(out) is None:
             return _goes_on(out, written, settings)
-        if are_same(weights(require("safetensors.torch").load_file(out / "weights.safetensors")), here[START]):
+        if same_weights(fingerprint(require("safetensors.torch").load_file(out / "weights.safetensors")), here[START]):
             return written
     if different:
         changes = "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} now" for key in different)
