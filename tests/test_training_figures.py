@@ -25,7 +25,6 @@ from resblocks.training import (
     experiment,
     figures,
     fit,
-    folder,
     load_digits,
     results_table,
     run_experiment,
@@ -59,13 +58,13 @@ def test_seed_of_more_than_64_bits_is_refused(seed: int) -> None:
         build_net("resnet20", tiny_dataset(), seed)
 
 
-def test_variants_start_from_the_weights_of_the_seed(tmp_path: Path) -> None:
-    recipe, starts = replace(RECIPE, epochs=1, batch_size=80), []
+def test_variants_start_from_the_weights_of_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nets, seeds = [], []
+    monkeypatch.setattr(experiment, "fit", lambda net, *args, seed, **more: nets.append(net) or seeds.append(seed))
     for seed in (0, 1):
-        options = {"seed": seed, "device": "cpu", "gradients": False, "progress": False}
-        (result,) = run_variants(["resnet20"], tiny_dataset(), recipe, out=tmp_path / str(seed), **options)
-        starts.append(result.settings["net"]["starting_weights"])
-    assert not folder.same_weights(*starts)
+        run_variants(["resnet20"], tiny_dataset(), RECIPE, out=tmp_path, seed=seed)
+    assert seeds == [0, 1]
+    assert not torch.equal(*(net.head.weight for net in nets))
 
 
 def test_wrong_name_stops_before_the_first_training(tmp_path: Path) -> None:

@@ -626,7 +626,7 @@ def test_core_does_not_import_the_training_part() -> None:
     )
 
 
-# Programs
+# Settings and programs
 
 
 @pytest.mark.parametrize(
@@ -760,8 +760,9 @@ def test_entry_reaches_every_option_of_a_recipe(capsys: pytest.CaptureFixture[st
 
 
 def test_entry_passes_the_timeout_on() -> None:
+    wrong = ["--models", "baseline_cnn_noskip"]  # which is seen later
     with pytest.raises(ValueError, match="timeout_seconds must be positive and finite, got 0"):
-        entry.main(["--dataset", "digits", "--timeout-seconds", "0"])
+        entry.main(["--dataset", "digits", "--timeout-seconds", "0", *wrong])
 
 
 def test_entry_passes_the_options_on(tmp_path: Path) -> None:
