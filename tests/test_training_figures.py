@@ -278,3 +278,37 @@ def test_figure_of_depths_shows_the_last_epoch_of_each_kind(drawn: dict[str, Any
 def test_figure_of_depths_needs_results(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="draw_depths needs results with at least one finished epoch each"):
         draw_depths([], tmp_path)
+
+
+def test_nets_are_told_apart_and_look_the_same_in_all_figures(drawn: dict[str, Any], tmp_path: Path) -> None:
+    depths = (20, 32, 44, 56, 110)
+    draw_figures([_made_up(f"resnet{n}{plain}", 0) for n in depths for plain in ("", "_noskip")], tmp_path)
+    looks = {}
+    for name, figure in drawn.items():
+        for line in figure.axes[0].lines:
+            look = line.get_color(), line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()
+            assert looks.setdefault(line.get_label(), look) == look, name
+    assert len(set(looks.values())) == len(looks) == 10
+    for n in depths:
+        with_skips, plain = looks[f"ResNet-{n}"], looks[f"ResNet-{n} without skips"]
+        assert with_skips[:2] == plain[:2]
+        assert (with_skips[2], plain[2], plain[3]) == ("-", "--", "white")
+
+
+def test_results_that_cannot_share_a_figure_are_named(tmp_path: Path) -> None:
+    run = _made_up("resnet20", 0)
+    other = replace(run, settings={**run.settings, "seed": 1, "recipe": {**run.settings["recipe"], "name": "r26"}})
+    for draw in (draw_figures, draw_depths):
+        with pytest.raises(ValueError, match="needs results of one data set and recipe, got"):
+            draw([run, other], tmp_path)
+        with pytest.raises(ValueError, match=r"needs each net and seed once, got \[\('resnet20', 0\)\] several times"):
+            draw([run, run], tmp_path)
+    with pytest.raises(ValueError, match=r"needs nets named resnetN or resnetN_noskip, got \['wrn_16_4'\]"):
+        draw_depths([_made_up("wrn_16_4", 0)], tmp_path)
+
+
+def test_batch_norm_is_given_to_the_baseline_alone() -> None:
+    with pytest.raises(
+        ValueError, match="_bn gives baseline_cnn its batch norm, and is for no other"
+    ):
+        build_net("resnet20_bn", tiny_dataset())

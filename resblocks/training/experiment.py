@@ -42,7 +42,8 @@ def build_net(variant: str, dataset: Dataset, seed: int = 0) -> Network:
             batch norm in the baseline.
 
     Raises:
-        ValueError: no skips to take out, a seed of more than 64 bits; what `resblocks.create_model` raises.
+        ValueError: no skips to take out, a net that is no baseline with "_bn", a seed of more than 64 bits; what
+            `resblocks.create_model` raises.
     """
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be at least -2**63 and below 2**64, got {seed}")
@@ -56,6 +57,8 @@ def build_net(variant: str, dataset: Dataset, seed: int = 0) -> Network:
             raise ValueError(f"{name} has no skips to take out")
     elif variant.endswith("_bn"):
         name, options["norm"] = variant.removesuffix("_bn"), torch.nn.BatchNorm2d
+        if not name.startswith("baseline_cnn"):
+            raise ValueError(f"_bn gives baseline_cnn its batch norm, and is for no other net, got {variant}")
     torch.manual_seed(seed)
     return create_model(name, **options)
 
