@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resblocks.checks import check_dims, check_probability
-from resblocks.layers import FrozenBatchNorm, WeightStandardised, by_dims, convolution
+from resblocks.layers import FrozenBatchNorm, WeightStandardised, by_dims, convolution, over_positions
 from resblocks.residual import fitting
 
 torch.fx.wrap("fitting")  # known by the module whose forward calls it
@@ -117,9 +117,9 @@ class LayerScale(nn.Module):
         nn.init.constant_(self.weight, self.initial)
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = [1] * x.dim()
-        shape[self.dim] = -1
-        return x * self.weight.view(shape)
+        if self.dim == 1:
+            return x * over_positions(self.weight, x)
+        return (x.movedim(self.dim, -1) * self.weight).movedim(-1, self.dim)
 
     def extra_repr(self) -> str:
         where = "" if self.dim == 1 else f", dim={self.dim}"

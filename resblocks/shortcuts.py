@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 
 from resblocks.checks import check_positive
@@ -32,13 +34,18 @@ class ZeroPad(nn.Module):
         self.stride = one_stride(stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        each = self.stride if isinstance(self.stride, tuple) else (self.stride,) * (x.dim() - 2)
-        every = (slice(None),) * 2 + tuple(slice(None, None, stride) for stride in each)
-        padding = (0, 0) * (x.dim() - 2) + (0, self.new_channels)
-        return nn.functional.pad(x[every], padding)
+        return zero_padded(x, self.stride, self.new_channels)
 
     def extra_repr(self) -> str:
         return f"new_channels={self.new_channels}, stride={self.stride}"
+
+
+@torch.fx.wrap  # torch.fx cannot iterate over the dimensions of a map
+def zero_padded(x: Tensor, stride: Stride, new_channels: int) -> Tensor:
+    """Every stride-th position of the map, and channels of zeros behind its own."""
+    each = (stride,) * (x.dim() - 2) if isinstance(stride, int) else stride
+    every = (slice(None), slice(None), *(slice(None, None, step) for step in each))
+    return nn.functional.pad(x[every], (0, 0) * (x.dim() - 2) + (0, new_channels))
 
 
 def make_shortcut(

@@ -260,7 +260,7 @@ def test_one_pixel_of_one_sample_raises_the_message_of_torch():
 
 
 @EVERY_BLOCK
-@pytest.mark.parametrize("stride", [(2, 2), "2", None, 0])
+@pytest.mark.parametrize("stride", [(2, 2, 2), (2, 0), "2", None, 0])
 def test_stride_that_is_no_number_is_named(block, stride):
     with pytest.raises(ValueError, match="stride must be "):
         block(16, 32, stride)

@@ -215,8 +215,8 @@ class HalfBlock(rb.BasicBlock):
 class HalfRun(rb.BasicBlock):
     """A block of a user that runs in a way of its own."""
 
-    def run(self, x, rebuild=None):
-        return super().run(x, rebuild) / 2
+    def run(self, x):
+        return super().run(x) / 2
 
 
 class HalfLayer(rb.DenseLayer):
