@@ -15,7 +15,7 @@ import training_workers as workers
 from safetensors.torch import load_file
 from training_workers import STEPS, error_of, run, weights_of
 
-from resblocks.training import Ranks, Result, load_checkpoint, load_weights
+from resblocks.training import FolderLock, Ranks, Result, load_checkpoint, load_weights
 from resblocks.training.loop import Loop
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -193,7 +193,7 @@ def test_silence_must_have_an_end(seconds: float) -> None:
 
 
 def test_error_of_the_first_rank_reaches_all(tmp_path: Path) -> None:
-    with workers.FolderLock(tmp_path):
+    with FolderLock(tmp_path):
         assert run(tmp_path, ranks=2) == [1, 1]
     assert "in use by another run" in error_of(tmp_path, 0)
     assert "on the first process: " in error_of(tmp_path, 1)
