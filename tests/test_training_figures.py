@@ -308,7 +308,5 @@ def test_results_that_cannot_share_a_figure_are_named(tmp_path: Path) -> None:
 
 
 def test_batch_norm_is_given_to_the_baseline_alone() -> None:
-    with pytest.raises(
-        ValueError, match="_bn gives baseline_cnn its batch norm, and is for no other"
-    ):
+    with pytest.raises(ValueError, match="_bn gives baseline_cnn its batch norm, and is for no other"):
         build_net("resnet20_bn", tiny_dataset())
