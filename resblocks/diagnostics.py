@@ -232,14 +232,15 @@ def signal_report(net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | 
         loss: maps the net's output to a scalar; given, one backward pass adds the gradient norms.
 
     Raises:
-        ValueError: the net holds no `Residual`.
+        ValueError: the net holds no `Residual`, the loss is no scalar.
     """
     blocks = some_residuals(net)
     taps = {name: _Tap(loss is not None) for name in blocks}
     cuda = [x.device] if x.device.type == "cuda" else []
     with restored(net), eager(), torch.random.fork_rng(devices=cuda), torch.set_grad_enabled(loss is not None):
         # Gradients are wanted at values inside the net, so a frozen net must build a graph too.
-        x = x.detach().requires_grad_(loss is not None and x.is_floating_point())
+        # A copy of the leaf, which a net that begins in place may write over.
+        x = x.detach().clone().requires_grad_(loss is not None and x.is_floating_point()).clone()
         with hooked(
             handle
             for name, block in blocks.items()
@@ -252,7 +253,7 @@ def signal_report(net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | 
         ran = {name: tap for name, tap in taps.items() if tap.ran}
         if loss is not None:
             values = [value for tap in ran.values() for value in (tap.merged, tap.branch)]
-            norms = iter(_grad_norms(loss(out), values))
+            norms = iter(_grad_norms(_scalar(loss(out)), values))
             for tap in ran.values():
                 tap.grad_norms = (next(norms), next(norms))
     return [BlockSignal(name, blocks[name].skip, *tap.variances, *tap.grad_norms) for name, tap in ran.items()]
@@ -294,6 +295,13 @@ def _wide(x: Tensor) -> Tensor:
 
 def _var(x: Tensor) -> float:
     return float(_wide(x).var(correction=0))
+
+
+def _scalar(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss must return a tensor with one value, got {got}")
+    return loss
 
 
 def _grad_norms(loss: Tensor, values: Sequence[Tensor]) -> list[float | None]:

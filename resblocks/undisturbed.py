@@ -78,7 +78,7 @@ def _put_back(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None
 
 @contextmanager
 def restored(net: nn.Module) -> Iterator[None]:
-    """The same, and the values of all parameters and buffers; a backward that began before does not notice."""
+    """`attributes_restored`, and the values of parameters and buffers; a backward that began before does not notice."""
     tensors = [tensor for tensor in (*net.parameters(), *net.buffers()) if not is_lazy(tensor)]
     before = [(tensor, tensor.detach().clone()) for tensor in tensors]
     versioned = tuple(tensor for tensor in tensors if not tensor.is_inference())

@@ -676,3 +676,28 @@ def test_draws_of_a_count_do_not_depend_on_the_other_counts() -> None:
     net = nn.Sequential(*(Residual(nn.Linear(2, 2)) for _ in range(6)))
     drawn = [lesion_curve(net, lambda net: float(net(torch.ones(1, 2)).sum()), c, trials=3) for c in ([3], [2, 3])]
     assert drawn[0][3] == drawn[1][3]
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda out: out, r"loss must return a tensor with one value, got a tensor of shape \(4, 2\)"),
+        (lambda out: 1.0, "loss must return a tensor with one value, got float"),
+    ],
+)
+def test_loss_that_is_no_scalar_is_named(loss: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        signal_report(small_net(), torch.randn(4, 3, 8, 8), loss)
+
+
+def test_signal_report_takes_nets_that_begin_in_place_and_inference_tensors() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ReLU(inplace=True), Residual(nn.Linear(4, 4)))
+    x = torch.randn(2, 4)
+    before = x.clone()
+    with torch.inference_mode():
+        same = x.clone()
+    reports = [signal_report(net, given, lambda y: y.sum()) for given in (x, same)]
+    assert torch.equal(x, before)
+    assert reports[0] == reports[1]
+    assert reports[0][0].merged_grad_norm is not None

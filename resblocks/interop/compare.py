@@ -21,6 +21,9 @@ def differences(net: nn.Module, model: nn.Module, x: Tensor) -> dict[str, float]
         model: of torchvision or timm.
         x: an input of both.
 
+    Raises:
+        ValueError: no names in common, or no parameters.
+
     Returns:
         "logits" in evaluation mode, "train_logits" in training mode, "gradients" the largest of all weights that are
         parameters of both, and "input_gradient".
@@ -33,6 +36,8 @@ def differences(net: nn.Module, model: nn.Module, x: Tensor) -> dict[str, float]
         ours = _gradients(net, x)
         others = _gradients(model, x)
     shared = [key for key, _ in net.named_parameters() if theirs[key] in others]
+    if not shared:
+        raise ValueError(f"net and model must share parameters, got {type(net).__name__} and {type(model).__name__}")
     return {
         "logits": _apart(*logits),
         "train_logits": _apart(ours["logits"], others["logits"]),
