@@ -53,7 +53,7 @@ def step(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
     torch.manual_seed(3)
     x = x.clone().requires_grad_()
     y = net(x)
-    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y))
     assert x.grad is not None
     grads = {f"grad {name}": weight.grad for name, weight in net.named_parameters() if weight.grad is not None}
     return {"y": y.detach(), "dx": x.grad, **grads, **dict(net.named_buffers())}
