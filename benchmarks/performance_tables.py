@@ -46,6 +46,23 @@ def train_time() -> Table:
     return turns(found, "ratio", "size")
 
 
+def throughput() -> Table:
+    """Images a second of training steps on a GPU, and how many times torchvision's of the same round."""
+    found = json.loads((RESULTS / "throughput_h200_2026-11.json").read_text(encoding="utf-8"))["throughput"]
+    rows = [
+        [
+            name,
+            str(case["batch"]),
+            f"{statistics.median(row['images_per_second']):,.0f}",
+            f"{row['speed_median']:.2f} ({row['speed_min']:.2f} to {row['speed_max']:.2f})",
+            case["environment"]["device"],
+        ]
+        for case in found
+        for name, row in case["rows"].items()
+    ]
+    return ["training step of", "batch", "images a second", "over torchvision", "device"], rows, "lrrrl"
+
+
 def dense_time() -> Table:
     """Time of a DenseNet's step over torchvision's."""
     return turns(cases("dense_memory", "time"), "ratio", "layout")
@@ -197,6 +214,7 @@ TABLES = {
     "dense-time-short": dense_time_short,
     "in-numbers": in_numbers,
     "small-maps": small_maps,
+    "throughput": throughput,
     "import-time": import_time,
     "scaling": scaling,
 }

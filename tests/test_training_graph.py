@@ -120,6 +120,7 @@ def test_fit_refuses_a_graph_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("mode", [None, "default"])
 def test_graph_on_a_gpu_equals_eager_and_never_waits(mode: str | None) -> None:
     device = torch.device("cuda", 0)
