@@ -220,7 +220,8 @@ def _whole_numbers(axes: Any) -> None:
 def _finish(figure: Any, axes: Any, results: Sequence[Result]) -> Any:
     """One legend above both panels, and below them what was run."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), handlelength=3)
+    columns = 4 if sum(map(len, labels[:4])) <= 66 else 2  # as many letters as fit beside four lines
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels)), handlelength=3)
     settings = results[0].settings
     seeds = seeds_in_words((result.name, result.settings["seed"]) for result in results)
     about = f"{settings['dataset']['name']}, recipe {settings['recipe']['name']}, {seeds}"
