@@ -39,8 +39,9 @@ def functions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def loop(graph: bool, device: torch.device = CPU) -> Loop:
-    return Loop(tiny_net(), tiny_dataset(), RECIPE, 0, device, torch.float32, Ranks(), graph=graph)
+def loop(graph: bool, device: torch.device = CPU, mode: str | None = None, dropout: float = 0.3) -> Loop:
+    net = tiny_net(dropout=dropout)
+    return Loop(net, tiny_dataset(), RECIPE, 0, device, torch.float32, Ranks(), compile_mode=mode, graph=graph)
 
 
 def tensors(loop: Loop) -> list[Tensor]:
@@ -61,6 +62,26 @@ def test_replayed_steps_equal_eager_ones(functions: list[str]) -> None:
         same(ours, theirs)
     assert functions == ["warm up", "capture"]  # once
     assert [group["lr"] for group in ours.state()["optimizer"]["param_groups"]] == [RECIPE.lr_at(4, ours.total_steps)]
+
+
+@pytest.mark.slow
+def test_compiled_steps_equal_eager_ones_where_nothing_is_drawn(functions: list[str]) -> None:
+    ours, theirs = loop(graph=True, mode="default", dropout=0.0), loop(graph=False, dropout=0.0)
+    for step in range(5):
+        ours.train_step(step)
+        theirs.train_step(step)
+    same(ours, theirs)
+
+
+@pytest.mark.slow
+def test_compiled_dropout_is_a_function_of_the_step(functions: list[str]) -> None:
+    """Not that of the eager step: the compiler draws by a generator of its own, which it seeds from torch's."""
+    once, again = loop(graph=False, mode="default"), loop(graph=False, mode="default")
+    for step in range(5):
+        once.train_step(step)
+        torch.rand(3)  # by somebody else
+        again.train_step(step)
+    same(once, again, 0)
 
 
 def test_loaded_state_is_what_the_next_replay_goes_on_from(functions: list[str]) -> None:
@@ -121,11 +142,10 @@ def test_fit_refuses_a_graph_on_the_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.parametrize("mode", [None, "default"])
-def test_graph_on_a_gpu_equals_eager_and_never_waits(mode: str | None) -> None:
+@pytest.mark.parametrize(("mode", "dropout"), [(None, 0.3), ("default", 0.0)])  # the compiler's masks are others
+def test_graph_on_a_gpu_equals_eager_and_never_waits(mode: str | None, dropout: float) -> None:
     device = torch.device("cuda", 0)
-    theirs = loop(False, device)
-    ours = Loop(tiny_net(), tiny_dataset(), RECIPE, 0, device, torch.float32, Ranks(), compile_mode=mode, graph=True)
+    ours, theirs = (loop(graph, device, mode if graph else None, dropout) for graph in (True, False))
     for step in range(6):
         if step % ours.steps_per_epoch:  # the order of an epoch comes from the host
             torch.cuda.set_sync_debug_mode("error")

@@ -87,7 +87,7 @@ def fit(
             the same ones is given a finished run's result; a stopped run goes on from its checkpoint.
         device: auto, cpu, cuda, cuda:1, ...
         precision: float32, bfloat16 (autocast), or auto, bfloat16 where the hardware has it.
-        compile: run the net through torch.compile.
+        compile: run the net through torch.compile, whose dropout masks are others, though functions of the seed, too.
         compile_mode: of torch.compile: default, reduce-overhead (CUDA graphs of forward and backward), max-autotune.
         graph: on one GPU replay each step as one CUDA graph, with or without `compile`; equal up to rounding.
         channels_last: memory format of weights and images.
