@@ -79,7 +79,15 @@ PROGRAMMES: dict[str, tuple[Cell, ...]] = {
         *cells(["resnet18"], "r80", tta="flip"),
         *cells(["resnet18"], "cutout200"),
     ),
+    "recompressed": cells(["resnet18"], "r26", dataset="cifar10-recompressed", tta="flip"),
+    "degradation-short": cells(plain_and_residual(20, 32, 44, 56, 110), "he2015", epochs=30),
     "degradation": cells(plain_and_residual(20, 32, 44, 56, 110), "he2015", seeds=3),
+    "families-short": (
+        *cells(["wrn_16_8"], "wrn", epochs=30),
+        *cells(["densenet_bc_100_12"], "densenet", epochs=30),
+        *cells(["preact_resnet110"], "he2015", epochs=30),
+        *cells(["resnext29_8x64d"], "resnext", epochs=10),
+    ),
     "families": (
         *cells(["wrn_16_8"], "wrn"),
         *cells(["resnext29_8x64d"], "resnext"),
