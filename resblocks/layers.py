@@ -304,7 +304,8 @@ class BlurPool(nn.Module):
         channels, stride, dims: of the map.
         border: what lies beyond the map: "replicate", "reflect" (Zhang; it fails on maps of one position) or
             "constant", which is zero.
-        dilation: distance between the positions that the filter reads.
+        dilation: distance between the positions that the filter reads; those that lie so far apart have borders of
+            their own, as if they were a map.
 
     Shape: (N, channels, L, ...) -> (N, channels, ceil(L / stride), ...).
     """
@@ -327,8 +328,8 @@ class BlurPool(nn.Module):
         for _ in range(self.dims - 1):
             kernel = kernel[..., None] * line
         weight = kernel.expand(self.channels, 1, *[3] * self.dims)
-        if self.border == "replicate" and torch.compiler.is_compiling():
-            padded = replicated(x, self.dilation)
+        if self.border != "constant" and (self.dilation > 1 or torch.compiler.is_compiling()):
+            padded = pad_apart(x, self.dilation, self.border)
         else:
             padded = nn.functional.pad(x, (self.dilation, self.dilation) * self.dims, mode=self.border)
         conv = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self.dims - 1]
@@ -339,11 +340,21 @@ class BlurPool(nn.Module):
         return f"{self.channels}, stride={self.stride}, border={self.border}{dilation}"
 
 
-def replicated(x: Tensor, width: int) -> Tensor:
-    """`pad` in mode "replicate", by operators whose gradient inductor lays out as it is (torch 2.14, 2D)."""
+@torch.fx.wrap
+def pad_apart(x: Tensor, dilation: int, border: str) -> Tensor:
+    """One position more on each side of each map of positions `dilation` apart, by mode "replicate" or "reflect".
+
+    At dilation 1 `pad` does the same, but inductor lays out its gradient in another way than it is (torch 2.14, 2D).
+    """
+    inside = dilation if border == "reflect" else 0  # how far from the border the copied positions begin
     for dim in range(2, x.dim()):
-        first, last = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
-        x = torch.cat([first] * width + [x] + [last] * width, dim)
+        size = x.shape[dim]
+        if size <= inside:
+            raise ValueError(f"border must be replicate or constant on maps of one position, got {border!r}")
+        count = min(dilation, size - inside)
+        first, last = x.narrow(dim, inside, count), x.narrow(dim, size - inside - count, count)
+        missing = x.new_zeros([*x.shape[:dim], dilation - count, *x.shape[dim + 1 :]])  # beyond maps that are not there
+        x = torch.cat([first, missing, x, missing, last] if count < dilation else [first, x, last], dim)
     return x
 
 

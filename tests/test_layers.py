@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import resblocks as rb
-from resblocks.layers import replicated
+from resblocks.layers import pad_apart
 from tests.blocks import count, image
 
 
@@ -178,13 +178,27 @@ def test_blur_pool_equals_timm(size):
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_compiled_blur_pool_pads_alike(dims, dilation):
+@pytest.mark.parametrize("border", ["replicate", "reflect"])
+def test_compiled_blur_pool_pads_alike(dims, border):
     x = image(4, 5, dims)
-    padded = nn.functional.pad(x, (dilation, dilation) * dims, mode="replicate")
-    assert torch.equal(replicated(x, dilation), padded)
-    pool = rb.BlurPool(4, 2, dims, dilation=dilation)
+    assert torch.equal(pad_apart(x, 1, border), nn.functional.pad(x, (1, 1) * dims, mode=border))
+    pool = rb.BlurPool(4, 2, dims, border)
     torch.testing.assert_close(torch.compile(pool, backend="aot_eager")(x), pool(x))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7, 9])
+@pytest.mark.parametrize(("border", "dilation"), [("replicate", 2), ("replicate", 3), ("reflect", 2), ("constant", 2)])
+def test_dilated_blur_pool_blurs_each_map_of_positions_that_lie_apart(size, border, dilation):
+    x = image(4, size, 1)
+    pool, dilated = rb.BlurPool(4, 1, 1, border), rb.BlurPool(4, 1, 1, border, dilation)
+    if border == "reflect" and size <= dilation:
+        with pytest.raises(ValueError, match="border must be replicate or constant on maps of one position"):
+            dilated(x)
+        return
+    blurred = dilated(x)
+    maps = [slice(start, None, dilation) for start in range(min(dilation, size))]
+    for apart in maps if border != "reflect" else maps[: size - dilation]:  # a map of one position reflects nothing
+        torch.testing.assert_close(blurred[..., apart], pool(x[..., apart]))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

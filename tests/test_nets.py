@@ -238,15 +238,17 @@ def test_output_stride_dilates_instead(block, output_stride, strides):
         *((BasicBlock, {"shortcut": kind}) for kind in "ACD"),
         *((Bottleneck, {"shortcut": "D", "downsample": pool}) for pool in (rb.average_downsample, rb.blur_downsample)),
         (BasicBlock, {"dims": 1, "downsample": rb.blur_downsample}),
+        (BasicBlock, {"dims": 1, "downsample": partial(rb.BlurPool, dims=1, border="reflect")}),
         (PreActBasicBlock, {"dims": 3, "shortcut": "D"}),
         (BasicBlock, {"widths": (8, 8, 8)}),
     ],
 )
-def test_output_stride_puts_out_the_same_where_the_net_without_it_does(block, options):
+@pytest.mark.parametrize("size", [8, 10, 13])  # of the second and third stage without it: 4 2, 5 3, 7 4
+def test_output_stride_puts_out_the_same_where_the_net_without_it_does(block, options, size):
     settings = {"depths": (1, 2, 2), "widths": (8, 16, 32), "stem": "cifar", "stem_width": 8, "dtype": torch.float64}
     net, dilated = (ResNet(block, **settings | options, output_stride=most).eval() for most in (None, 1))
     dilated.load_state_dict(net.state_dict())
-    x = image(3, 16, options.get("dims", 2), batch=1).double()
+    x = image(3, size, options.get("dims", 2), batch=1).double()
     for ours, theirs, stride in zip(dilated.features(x), net.features(x), net.stage_strides, strict=True):
         torch.testing.assert_close(ours[(..., *[slice(None, None, stride)] * (x.dim() - 2))], theirs)
 
