@@ -29,8 +29,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = sweep.RUNS
 PUBLISHED = ROOT / "tests" / "expected" / "cifar10.json"
 FIGURES = ROOT / "docs" / "figures"
-# The options of a run that decide its time and rounding, as they are where a run does not say them.
-OPTIONS = {"channels_last": True, "small_maps": False, "compile": None, "graph": False, "deterministic": False}
+# The options of a run beside its recipe, as they are where a run does not say them.
+OPTIONS = {
+    "init": "he",
+    "channels_last": True,
+    "small_maps": False,
+    "compile": None,
+    "graph": False,
+    "deterministic": False,
+}
 # The programmes that answer whether skips help.
 BOTH_WAYS = ("paper-15-whole-cpu", "degradation-cpu", "degradation-float32-cpu")
 # What is shown of each programme, with what the picture says to those who do not see it.
@@ -60,7 +67,7 @@ def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def options(run: dict[str, Any]) -> dict[str, Any]:
-    """What else decides the time and the rounding of a run."""
+    """What else decides the result of a run, its time and its rounding."""
     said = run["settings"] | run["environment"]
     return {name: said.get(name, usual) for name, usual in OPTIONS.items()}
 

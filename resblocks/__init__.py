@@ -13,7 +13,7 @@ from resblocks.blocks import (
     WideBlock,
 )
 from resblocks.config import from_config, to_config
-from resblocks.init import init_weights
+from resblocks.init import draw_like_torch, init_weights
 from resblocks.joins import DropPath, Fixup, Gated, LayerScale, ReZero, SkipInit, WeightedAdd, ZeroInit, gated
 from resblocks.layers import (
     BlurPool,
@@ -73,6 +73,7 @@ __all__ = [
     "blur_downsample",
     "cbam",
     "create_model",
+    "draw_like_torch",
     "freeze_norm",
     "from_config",
     "gated",

@@ -15,7 +15,7 @@ from resblocks.chain import run_layers
 from resblocks.checks import check_fraction, check_integer, check_positive, check_probability, check_sequence
 from resblocks.config import recorded
 from resblocks.dense_plan import Memory
-from resblocks.init import init_weights
+from resblocks.init import Draw, init_weights
 from resblocks.joins import Fixup
 from resblocks.layers import Family, GlobalAvgPool, Layer, Stride, max_pool, named, one_stride, times
 from resblocks.options import (
@@ -111,9 +111,9 @@ class Network(nn.Module):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
-    def init_weights(self) -> None:
-        """Draw all weights anew, for instance after `device="meta"` and `to_empty`."""
-        init_weights(self)
+    def init_weights(self, draw: Draw | None = None) -> None:
+        """Draw all weights anew, by your own rule or after `to_empty`; see `resblocks.init_weights`."""
+        init_weights(self, draw)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The map before the pool. Shape: (N, in_channels, H, W) -> (N, num_features, H / stride, W / stride)."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from resblocks.chain import activate, ends_fresh, is_silent, run_layers
-from resblocks.init import init_weights
+from resblocks.init import Draw, init_weights
 from resblocks.rebuild import has_pair, start_rebuild
 from resblocks.recompute import recompute
 from resblocks.undisturbed import unwrapped
@@ -136,9 +136,9 @@ class Residual(nn.Module):
         if callable(start):
             start(self.branch)
 
-    def init_weights(self) -> None:
-        """Draw all weights anew, for instance after `device="meta"` and `to_empty`."""
-        init_weights(self)
+    def init_weights(self, draw: Draw | None = None) -> None:
+        """Draw all weights anew, by your own rule or after `to_empty`; see `resblocks.init_weights`."""
+        init_weights(self, draw)
 
     @property
     def skip(self) -> bool:

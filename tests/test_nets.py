@@ -534,6 +534,38 @@ def test_init_weights_repeats_construction_in_any_dtype(dtype):
     assert all(torch.equal(value, built[key]) for key, value in net.state_dict().items())
 
 
+def test_weights_are_drawn_like_torch_draws_them():
+    net = small(norm=None)
+    net.init_weights(rb.draw_like_torch)
+    for conv in (layer for layer in net.modules() if isinstance(layer, nn.Conv2d)):
+        limit = conv.weight[0].numel() ** -0.5
+        assert 0.9 * limit < conv.weight.abs().max() <= limit
+        assert 0.5 * limit < conv.bias.abs().max() <= limit
+
+
+def orthogonal(layer):
+    if isinstance(layer, nn.Conv2d):
+        nn.init.orthogonal_(layer.weight)
+    if isinstance(layer, nn.Linear):
+        layer.bias.fill_(1)
+
+
+@pytest.mark.parametrize(
+    "conv", [nn.Conv2d, lambda *args, **options: parametrizations.weight_norm(nn.Conv2d(*args, **options))]
+)
+def test_rule_of_ones_own_draws_weights_before_scales_start(conv):
+    block = BasicBlock(8, 8, conv=conv, scale=rb.ZeroInit)
+    block.branch.norm1.weight.data.fill_(3)
+    block.init_weights(orthogonal)
+    rows = block.branch.conv1.weight.flatten(1)
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(8))
+    assert block.branch.norm1.weight.eq(1).all()  # by our rule, which comes first
+    assert not block.branch.norm2.weight.any()
+    net = small(scale=rb.Fixup, norm=None)
+    net.init_weights(orthogonal)
+    assert not net.head.bias.any()
+
+
 @pytest.mark.parametrize(("norm", "fan"), [(None, 64 * 9), (nn.BatchNorm2d, 16 * 9)])
 def test_convolutions_start_by_fan_in_without_a_norm_and_by_fan_out_before_one(norm, fan):
     weight = BasicBlock(64, 16, norm=norm).branch.conv1.weight
