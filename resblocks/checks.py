@@ -22,6 +22,20 @@ def check_integer(least: int, **arguments: object) -> None:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def check_number(**arguments: object) -> None:
+    """Raise unless every argument is an integer or a float of Python, or a kind of them; bools do not count."""
+    for name, value in arguments.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"{name} must be an integer or a float, got {value!r}")
+
+
+def check_flag(**arguments: object) -> None:
+    """Raise unless every argument is True or False."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def check_dims(dims: object) -> None:
     """Raise unless there are layers for data of so many spatial dimensions."""
     if type(dims) is not int or dims not in (1, 2, 3):

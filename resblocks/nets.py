@@ -12,7 +12,14 @@ from typing_extensions import Unpack
 
 from resblocks.blocks import DENSE_OPTIONS, NOT_DENSE, DenseBlock, Transition
 from resblocks.chain import run_layers
-from resblocks.checks import check_fraction, check_integer, check_positive, check_probability, check_sequence
+from resblocks.checks import (
+    check_flag,
+    check_fraction,
+    check_integer,
+    check_positive,
+    check_probability,
+    check_sequence,
+)
 from resblocks.config import recorded
 from resblocks.dense_plan import Memory
 from resblocks.init import Draw, init_weights
@@ -26,7 +33,7 @@ from resblocks.options import (
     refuse_unknown,
 )
 from resblocks.rebuild import ACTIVATIONS, start_rebuild
-from resblocks.residual import Checkpoint, check_skip, residuals, set_skip
+from resblocks.residual import Checkpoint, residuals, set_skip
 from resblocks.stems import Stem, make_stem
 from resblocks.watched import is_traced
 
@@ -225,12 +232,13 @@ class ResNet(Network):
         skip: bool = True,
         **options: Unpack[NetOptions],
     ) -> None:
+        check_block(block, options)
         check_sequence(depths=depths)
         strides = [1] + [2] * (len(depths) - 1) if strides is None else strides
         check_lengths(depths=depths, widths=widths, strides=strides)
         check_stages(depths=depths, widths=widths)
         check_probability(drop_path=drop_path)
-        check_skip(skip)
+        check_flag(skip=skip)
         make = Layers(**layer_options(options))
         preactivated = getattr(inside(block), "preactivated", False)
         stem_module, stem_stride = make_stem(make, stem, in_channels, stem_width, stem_pool, activated=not preactivated)
@@ -241,8 +249,8 @@ class ResNet(Network):
         for depth, width, plan in zip(depths, widths, plans, strict=True):
             stage = nn.Sequential()
             for stride, first in [(plan.stride, plan.first_dilation)] + [(1, plan.dilation)] * (depth - 1):
-                asked = asked_options(options, skip, next(drops), dilation=plan.dilation, first_dilation=first)
-                stage.append(make_block(block, channels, width, stride, asked))
+                given = asked_options(options, skip, next(drops), dilation=plan.dilation, first_dilation=first)
+                stage.append(make_block(block, channels, width, stride, given))
                 channels = cast(int, stage[-1].out_channels)
             stages.append(stage)
             stage_channels.append(channels)
@@ -414,10 +422,19 @@ def check_output_stride(output_stride: object, stem_stride: Stride, strides: Seq
         )
 
 
-def make_block(block: Block, in_channels: int, width: int, stride: Stride, options: dict[str, object]) -> nn.Module:
-    """Build one block by the protocol, and raise where it does not keep it."""
+def check_block(block: object, options: Iterable[str]) -> None:
+    """Raise for what makes no blocks, and for an option that neither a net nor the block has.
+
+    Dilations are no options of a net: `output_stride` decides them.
+    """
     if isinstance(block, nn.Module) or not callable(block):
         raise ValueError(f"block must be a class or callable that makes blocks, got {block!r}")
+    own = inspect.signature(block).parameters.keys() - {"dilation", "first_dilation"}
+    refuse_foreign(ResNet, [name for name in options if name not in own], NetOptions.__annotations__)
+
+
+def make_block(block: Block, in_channels: int, width: int, stride: Stride, options: dict[str, object]) -> nn.Module:
+    """Build one block by the protocol, and raise where it does not keep it."""
     name = getattr(inside(block), "__name__", repr(block))
     made = block(in_channels, width, stride, **taken_options(block, name, options))
     if getattr(made, "preactivated", False) != getattr(inside(block), "preactivated", False):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from resblocks.chain import activate, ends_fresh, is_silent, run_layers
+from resblocks.checks import check_flag
 from resblocks.init import Draw, init_weights
 from resblocks.rebuild import has_pair, start_rebuild
 from resblocks.recompute import recompute
@@ -108,7 +109,7 @@ class Residual(nn.Module):
     ) -> None:
         super().__init__()
         check_checkpoint(checkpoint)
-        check_skip(skip)
+        check_flag(skip=skip)
         at_the_merge = {"shortcut": shortcut, "scale": scale, "drop_path": drop_path, "merge": merge}
         check_parts({"branch": branch, "preact": preact, "act": act, **at_the_merge})
         for name, part in at_the_merge.items():
@@ -260,15 +261,9 @@ def check_checkpoint(checkpoint: object) -> None:
         raise ValueError(f"checkpoint must be False, True or 'norms', got {checkpoint!r}")
 
 
-def check_skip(skip: object) -> None:
-    """Raise unless it is True or False; a pattern or a list with one entry a block is not."""
-    if not isinstance(skip, bool):
-        raise ValueError(f"skip must be True or False, got {skip!r}")
-
-
 def check_switch(block: Residual, on: bool, name: str = "") -> None:
     """Raise if the block cannot be switched to `on`; the message gives the block's name in its net."""
-    check_skip(on)
+    check_flag(skip=on)
     if on == block.skip:
         return
     what = f"skip of {type(block).__name__}{f' {name!r}' if name else ''}"

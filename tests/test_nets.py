@@ -675,8 +675,18 @@ def test_bad_net_raises(build, text):
 
 
 def test_unknown_option_of_a_net_raises():
-    with pytest.raises(TypeError, match=r"unknown option 'activaton' \(did you mean 'activation'\?\)"):
+    with pytest.raises(TypeError, match=r"ResNet takes no activaton \(did you mean 'activation'\?\); the options are"):
         small(activaton=nn.ReLU)
+    with pytest.raises(TypeError, match=r"ResNet takes no output_strides \(did you mean 'output_stride'\?\)"):
+        small(output_strides=8)
+
+
+@pytest.mark.parametrize("option", ["dilation", "first_dilation"])
+@pytest.mark.parametrize("output_stride", [None, 1])
+def test_dilation_of_a_net_is_that_of_its_output_stride(option, output_stride):
+    with pytest.raises(TypeError, match=f"ResNet takes no {option}; the options are .*output_stride"):
+        small(output_stride=output_stride, **{option: 2})
+    assert small(partial(BasicBlock, dilation=2)).stages[1][0].branch.conv1.dilation == (2, 2)
 
 
 @pytest.mark.parametrize(

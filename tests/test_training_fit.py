@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange
@@ -446,6 +447,35 @@ def test_other_errors_come_through_as_they_are(tmp_path: Path) -> None:
         pass
 
 
+class Spare(nn.Module):
+    """All that is used is frozen, and what is not is to be trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.spare = tiny_net().requires_grad_(False), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.net(x)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": np.int64(3)}, r"seed must be an int, got np.int64\(3\)"),
+        ({"seed": None}, "seed must be an int, got None"),
+        ({"name": None}, "name must be a str, got None"),
+        ({"gradients": "no"}, "gradients must be True or False, got 'no'"),
+        ({"channels_last": np.bool_(True)}, "channels_last must be True or False"),
+        ({"checkpoint_seconds": None}, "checkpoint_seconds must be an integer or a float, got None"),
+    ],
+)
+def test_option_of_another_type_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_fit(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("net", "message"),
     [
@@ -455,6 +485,8 @@ def test_other_errors_come_through_as_they_are(tmp_path: Path) -> None:
         (nn.Conv2d(3, 3, 1), r"a logit for each class, \(1, 3\) .*, got \(1, 3, 6, 6\)"),
         (nn.Flatten(), "net must have a parameter to train"),
         (tiny_net().requires_grad_(False), "net must have a parameter to train"),
+        (Spare(), "net must have a parameter to train that its logits depend on, got none"),
+        (nn.Sequential(nn.LazyBatchNorm2d(affine=False), tiny_net()), "know its shapes .*, got a lazy 0.running_mean"),
     ],
 )
 def test_net_that_does_not_fit_the_data_is_refused(net: nn.Module, message: str, tmp_path: Path) -> None:

@@ -70,6 +70,27 @@ def test_two_ranks_equal_one_to_rounding(tmp_path: Path) -> None:
         assert a["eval_accuracy_percent"] == pytest.approx(b["eval_accuracy_percent"])
 
 
+class _Idle(torch.nn.Module):
+    """A net with a weight that its forward does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.idle = _plain_net(), torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.net(x)
+        return logits
+
+
+def test_weight_without_a_gradient_stays_on_two_ranks_as_on_one(tmp_path: Path) -> None:
+    assert run(tmp_path / "one", make_net=_Idle) == [0]
+    assert run(tmp_path / "two", make_net=_Idle, ranks=2) == [0, 0]
+    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
+    assert torch.equal(two["idle"], torch.ones(3))
+
+
 @pytest.mark.parametrize("step", [0, 3, 5, 8])
 def test_killed_ranks_go_on_to_the_same_bits(step: int, two: Path, tmp_path: Path) -> None:
     assert run(tmp_path, (workers.kill_at_step, (step,)), ranks=2) == [-signal.SIGKILL] * 2

@@ -277,11 +277,49 @@ def test_function_called_skip_is_no_setting() -> None:
 def test_weights_in_another_order_are_others() -> None:
     state = tiny_net().state_dict()
     turned = {name: tensor.flip(0) for name, tensor in state.items()}
-    assert folder.same_weights(folder.fingerprint(state), folder.fingerprint(state)[:2])  # as older folders have them
-    assert not folder.same_weights(folder.fingerprint(state), folder.fingerprint(turned))
+    assert folder.same_values(folder.fingerprint(state), folder.fingerprint(state)[:2])  # as older folders have them
+    assert not folder.same_values(folder.fingerprint(state), folder.fingerprint(turned))
     one, other = torch.randn(20), torch.randn(20)
     first, second = ({"a": one, "b": other}, {"a": other, "b": one})
-    assert not folder.same_weights(folder.fingerprint(first), folder.fingerprint(second))
+    assert not folder.same_values(folder.fingerprint(first), folder.fingerprint(second))
+
+
+class _Scaled(torch.nn.Module):
+    """A net whose forward depends on what neither names nor options tell."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.net, self.scale = tiny_net(), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.scale * self.net(x)
+        return logits
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_net_with_another_forward_is_refused_the_folder(finished: bool, tmp_path: Path) -> None:
+    if finished:
+        tiny_fit(tmp_path / "run", _Scaled(1.0))
+    else:
+        _fit_and_stop(tmp_path / "run", _Scaled(1.0))
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises(ValueError, match=r"holds a run of other settings \(net.first_logits is \["):
+        tiny_fit(tmp_path / "run", _Scaled(2.0))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    assert tiny_fit(tmp_path / "run", _Scaled(1.0001)).accuracy_percent > 0  # as another device rounds
+
+
+def _fit_and_stop(out: Path, net: torch.nn.Module) -> None:
+    with pytest.raises(SystemExit):
+        _fit_with_fault(out, net, "signal", 4)
+
+
+def test_run_from_before_first_logits_were_kept_is_read(tmp_path: Path) -> None:
+    done = tiny_fit(tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert len(settings["net"].pop("first_logits")) == 3
+    (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
+    assert tiny_fit(tmp_path / "run").epochs == done.epochs
 
 
 class _Says(torch.nn.Identity):

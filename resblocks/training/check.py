@@ -15,9 +15,10 @@ from .loop import Loop
 
 def check_trainable(net: nn.Module) -> None:
     """Raise unless a net is finished, finite, has weights to train, and a state that weights can be saved of."""
-    for name, weight in net.named_parameters():
-        if is_lazy(weight):
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if is_lazy(tensor):
             raise ValueError(f"net must know its shapes before training, got a lazy {name}: call it on an image once")
+    for name, weight in net.named_parameters():
         if weight.is_meta:
             raise ValueError(
                 f"net must have memory for weights, got {name} on the meta device: net.to_empty(...) first"
@@ -35,14 +36,17 @@ def check_net(loop: Loop, dataset: Dataset) -> None:
     """Let the net see an image in evaluation and a batch in training; net and random numbers are left as they were.
 
     Raises:
-        ValueError: it does not take the images, or does not put out one logit for each class.
+        ValueError: it does not take the images, or does not put out one logit for each class, or none that a weight
+            to train has a part in.
     """
     gpus = [loop.device] if loop.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), torch.no_grad(), restored(loop.net), loop.autocast():
         loop.net.eval()
-        check_logits(
-            loop, loop.normalised(loop.images[:1]), len(dataset.classes), f"of shape {dataset.shape} (C, H, W)"
-        )
+        said = f"of shape {dataset.shape} (C, H, W)"
+        with torch.enable_grad():
+            logits = check_logits(loop, loop.normalised(loop.images[:1]), len(dataset.classes), said)
+        if not logits.requires_grad:
+            raise ValueError("net must have a parameter to train that its logits depend on, got none that they do")
         loop.net.train()
         batch = loop.normalised(loop.images[: loop.local_batch], loop.recipe.scale_at(0, loop.total_steps))
         settings = f"start_scale={loop.recipe.start_scale}, {loop.local_batch} images a process and step"
@@ -50,10 +54,10 @@ def check_net(loop: Loop, dataset: Dataset) -> None:
         check_logits(loop, batch, len(dataset.classes), said)
 
 
-def check_logits(loop: Loop, images: Tensor, classes: int, said: str) -> None:
-    """Raise unless the net makes a logit for each class of such images."""
+def check_logits(loop: Loop, images: Tensor, classes: int, said: str) -> Tensor:
+    """The net's logits of such images; raise unless there is one for each class."""
     try:
-        logits = loop.net(images)
+        logits: Tensor = loop.net(images)
     except (RuntimeError, ValueError, TypeError) as error:
         if is_out_of_memory(error):
             raise
@@ -62,3 +66,4 @@ def check_logits(loop: Loop, images: Tensor, classes: int, said: str) -> None:
     if getattr(logits, "shape", None) != expected:
         got = tuple(logits.shape) if hasattr(logits, "shape") else type(logits).__name__
         raise ValueError(f"net must put out a logit for each class, {expected} for images {said}, got {got}")
+    return logits

@@ -13,6 +13,8 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
+from resblocks.checks import check_integer
+
 from . import sources
 from .augment import derive_seed
 from .extras import require
@@ -99,6 +101,7 @@ class Dataset:
         Raises:
             ValueError: no image would be left on one side.
         """
+        check_integer(0, validation=count)
         if not 0 < count < len(self.train_images):
             raise ValueError(f"validation must leave images on both sides of {len(self.train_images)}, got {count}")
         generator = torch.Generator().manual_seed(derive_seed("validation", seed))

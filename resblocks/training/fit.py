@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from resblocks.checks import check_integer
+from resblocks.checks import check_flag, check_integer, check_number
 
 from .check import check_net, check_trainable
 from .checkpoint import list_checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights
@@ -112,6 +112,12 @@ def fit(
         raise ValueError(f"dataset must be a resblocks.training.Dataset, got {type(dataset).__name__}")
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe must be a Recipe, such as get_recipe('r26'), got {recipe!r}")
+    if not isinstance(name, str):
+        raise ValueError(f"name must be a str, got {name!r}")
+    if type(seed) is not int:
+        raise ValueError(f"seed must be an int, got {seed!r}")
+    check_flag(compile=compile, graph=graph, channels_last=channels_last, small_maps=small_maps)
+    check_flag(deterministic=deterministic, gradients=gradients, progress=progress, tensorboard=tensorboard)
     ranks, out = ranks or Ranks(), Path(out)
     mode = pick_compile_mode(compile, compile_mode)
     _check_checkpoints(checkpoint_steps, checkpoint_seconds)
@@ -144,6 +150,7 @@ def fit(
         loop = Loop(net, dataset, recipe, seed, picked, dtype, ranks, **how)
         with _explained(loop):
             check_net(loop, dataset)
+            loop.distribute()
         ranks.first(lambda: claim(out, settings))
         params = sum(weight.numel() for weight in net.parameters())
         images = {"train": len(dataset.train_images), "eval": len(dataset.test_images)}
@@ -160,6 +167,7 @@ def fit(
 
 def _check_checkpoints(steps: int, seconds: float) -> None:
     check_integer(0, checkpoint_steps=steps)
+    check_number(checkpoint_seconds=seconds)
     if not seconds >= 0:  # nor NaN
         raise ValueError(f"checkpoint_seconds must be at least 0, got {seconds}")
 

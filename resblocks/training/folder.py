@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resblocks.undisturbed import restored
+
+from .augment import normalise
 from .checkpoint import has_checkpoint, list_checkpoints
 from .data import Dataset
 from .extras import require
@@ -22,6 +25,7 @@ from .recipe import Recipe, whole_recipe
 from .result import Result
 
 START = "net.starting_weights"
+LOGITS = "net.first_logits"
 
 
 def layout_digest(net: nn.Module) -> str:
@@ -63,18 +67,35 @@ def _mixing_weights(name: str, size: int) -> Tensor:
     return torch.arange(size, dtype=torch.float64).add_(zlib.crc32(name.encode()) % 1000).cos_()
 
 
-def same_weights(one: list[float], other: list[float]) -> bool:
-    """Whether two fingerprints are of the same weights, up to rounding; those of two seeds are about a norm apart.
+def same_values(one: list[float], other: list[float], tolerance: float = 1e-4) -> bool:
+    """Whether two fingerprints are of the same values, up to rounding; those of two seeds are about a norm apart.
 
     Older folders have the first two numbers alone.
     """
-    return all(abs(mine - theirs) <= 1e-4 * one[1] for mine, theirs in zip(one, other, strict=False))
+    return all(abs(mine - theirs) <= tolerance * one[1] for mine, theirs in zip(one, other, strict=False))
+
+
+def first_logits(net: nn.Module, dataset: Dataset) -> list[float] | None:
+    """Fingerprint of what the net makes of the first training image: of what its `forward` does, which no name tells.
+
+    None where it does not take the image, or not as float32, or makes nothing finite of it.
+    """
+    device = next(net.parameters()).device
+    images = normalise(dataset.train_images[:1], dataset.mean, dataset.std).to(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), restored(net):
+        torch.manual_seed(0)  # some nets draw in evaluation, too
+        try:
+            logits = net.eval()(images)
+        except (RuntimeError, ValueError, TypeError):
+            return None
+    return fingerprint({"logits": logits}) if isinstance(logits, Tensor) and logits.isfinite().all() else None
 
 
 def run_settings(net: nn.Module, name: str, dataset: Dataset, recipe: Recipe, **options: Any) -> dict[str, Any]:
     """All that a run depends on, as plain data: what its folder is known by."""
     data = {"name": dataset.name, "split": dataset.split, "sha256": dataset.key, "classes": list(dataset.classes)}
-    return {"net": net_settings(net, name), "dataset": data, "recipe": recipe.as_dict(), **options}
+    about_net = net_settings(net, name) | {"first_logits": first_logits(net, dataset)}
+    return {"net": about_net, "dataset": data, "recipe": recipe.as_dict(), **options}
 
 
 def net_settings(net: nn.Module, name: str) -> dict[str, Any]:
@@ -93,7 +114,7 @@ def check_same(given: list[dict[str, Any]]) -> None:
     Raises:
         ValueError: they differ.
     """
-    first, *others = ({**_flat(settings), START: None} for settings in given)
+    first, *others = ({**_flat(settings), START: None, LOGITS: None} for settings in given)
     for rank, other in enumerate(others, start=1):
         if different := _different(first, other):
             changes = "; ".join(
@@ -128,12 +149,14 @@ def check_settings(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     here = _flat(settings)
     there = _completed(_flat(written), here)
     different = _different(there, here)
-    if START in different and same_weights(there[START], here[START]):
+    if START in different and same_values(there[START], here[START]):
         different.remove(START)
+    if LOGITS in different and (START in different or _same_logits(there[LOGITS], here[LOGITS])):
+        different.remove(LOGITS)
     if different == [START]:
         if read_finished(out) is None:
             return _goes_on(out, written, settings)
-        if same_weights(fingerprint(require("safetensors.torch").load_file(out / "weights.safetensors")), here[START]):
+        if same_values(fingerprint(require("safetensors.torch").load_file(out / "weights.safetensors")), here[START]):
             return written
     if different:
         changes = "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} now" for key in different)
@@ -145,8 +168,13 @@ def check_settings(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _completed(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
     """The settings of a folder, where it is from before some were written down with those that do not contradict."""
-    newer = ["net.layers", "dataset.classes", *([] if START in there else [START, "net.frozen"])]
+    newer = [LOGITS, "net.layers", "dataset.classes", *([] if START in there else [START, "net.frozen"])]
     return _flat({"recipe": whole_recipe({})}) | {key: here[key] for key in newer if key in here} | there
+
+
+def _same_logits(one: list[float] | None, other: list[float] | None) -> bool:
+    """Up to the rounding of another device; a net that now is none of those that can be told may be the same."""
+    return one is None or other is None or same_values(one, other, 1e-2)
 
 
 def _goes_on(out: Path, there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:

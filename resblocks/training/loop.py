@@ -73,16 +73,6 @@ class Loop:
             check_graph(device, ranks.size, self.replays, recipe.start_scale)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(net, mode=compile_mode) if compile_mode else net
         self.model: Callable[[Tensor], Tensor] = self.forward
-        if ranks.on:
-            on_gpu = device.type == "cuda"
-            self.model = nn.parallel.DistributedDataParallel(
-                self.forward,
-                device_ids=[device.index] if on_gpu else None,
-                # Else gradients are grouped anew after a process's first step, and with them the order of the sums,
-                # which matters from three ranks on: a resumed run would round in another way. Only the CPU promises
-                # the same bits.
-                find_unused_parameters=ranks.size > 2 and not on_gpu,
-            )
         self.optimizer = torch.optim.SGD(
             self.net.parameters(),
             lr=recipe.lr,
@@ -96,6 +86,28 @@ class Loop:
         state = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
         self.finite_at_start = [name for name, tensor in state.items() if tensor.isfinite().all()]  # a mask is not
         self.graphed = GraphedStep(self.update, self._changing) if graph else None
+
+    def distribute(self) -> None:
+        """Let the ranks share their gradients from now on, and start from the first one's weights."""
+        if not self.ranks.on:
+            return
+        on_gpu = self.device.type == "cuda"
+        # Gradients are else grouped anew after a process's first step, and with them the order of the sums, which
+        # matters from three ranks on: a resumed run would round in another way. Only the CPU promises the same bits.
+        keeps_groups = self.ranks.size > 2 and not on_gpu
+        self.model = nn.parallel.DistributedDataParallel(
+            self.forward,
+            device_ids=[self.device.index] if on_gpu else None,
+            find_unused_parameters=keeps_groups or self.has_idle_weights(),
+        )
+
+    def has_idle_weights(self) -> bool:
+        """Whether a weight that is to be trained gets no gradient, such as those of a shortcut that is off."""
+        with restored(self.net):
+            self.net.eval()(self.normalised(self.images[:1])).sum().backward()
+            idle = any(weight.requires_grad and weight.grad is None for weight in self.net.parameters())
+        self.optimizer.zero_grad(set_to_none=True)
+        return idle
 
     def order(self, epoch: int) -> Tensor:
         """The order of the training images in an epoch, counted from 0: the same on any number of ranks."""

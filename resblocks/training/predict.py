@@ -82,7 +82,8 @@ class Trained(nn.Module):
         Files and images of Pillow become grey or coloured as those of the training, and are resized to their size.
 
         Raises:
-            ValueError: something else, a tensor of another type or shape, pixels of more than 8 bits.
+            ValueError: something else, a tensor of another type or shape, pixels of more than 8 bits, no tensor for
+                a net that takes neither grey nor coloured images.
             RuntimeError: a file that is not such an image.
         """
         picture: Any = None
@@ -92,6 +93,8 @@ class Trained(nn.Module):
             picture = plain(image)
         if picture is not None:
             channels, height, width = self.shape
+            if channels not in (1, 3):
+                raise ValueError(f"image must be a tensor for a net of {channels} channels, got {image!r}")
             image = to_tensor(picture.convert("L" if channels == 1 else "RGB").resize((width, height)))
         assert isinstance(image, Tensor)
         found = self(image[None])[0]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from resblocks.checks import check_integer, check_positive
+from resblocks.checks import check_flag, check_integer, check_number, check_positive, check_sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,16 @@ class Recipe:
     tta: str = "none"  # test-time augmentation: none, flip (logits averaged over the image and its mirror image)
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            if option.type == "float":
+                check_number(**{option.name: getattr(self, option.name)})
+        check_sequence(milestones=self.milestones)
+        check_flag(nesterov=self.nesterov, flip=self.flip, alternate_flip=self.alternate_flip)
         check_positive(epochs=self.epochs, batch_size=self.batch_size)
         check_integer(0, crop=self.crop, cutout=self.cutout)
         for name in ("weight_decay", "clip_norm", "gamma", "warmup_start"):
             value = getattr(self, name)
             _check(math.isfinite(value) and value >= 0, name, value, "at least 0 and finite")
-        for name in ("nesterov", "flip", "alternate_flip"):
-            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         _check(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "positive and finite")
         for name in ("momentum", "label_smoothing", "warmup"):
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
@@ -178,6 +181,7 @@ def get_recipe(name: str = "paper", **overrides: Any) -> Recipe:
         raise ValueError(f"a recipe has no option {', '.join(map(repr, unknown))}; it has {', '.join(sorted(known))}")
     given = {key: value for key, value in overrides.items() if value is not None}
     if "milestones" in given:
+        check_sequence(milestones=given["milestones"])
         given["milestones"] = tuple(given["milestones"])
     elif given.get("schedule", "steps") != "steps":
         given["milestones"] = ()  # those of the recipe are its schedule's
