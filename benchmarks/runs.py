@@ -143,7 +143,9 @@ def caption(group: list[dict[str, Any]]) -> str:
     usual = get_recipe(recipe["name"]).as_dict()
     said = ("name", "epochs", "batch_size", "tta")
     changed = [f"{name} {value}, " for name, value in recipe.items() if name not in said and value != usual[name]]
-    made_so = [f"{name} {value}, " for name, value in options(group[0]).items() if value != OPTIONS[name]]
+    others = {name: value for name, value in options(group[0]).items() if value != OPTIONS[name]}
+    flags = {name: f"`--{name.replace('_', '-')}`, " for name, value in others.items() if value is True}
+    made_so = [flags.get(name, f"{name} {value}, ") for name, value in others.items()]
     return (
         f"{settings['dataset']['name']}, {settings['dataset']['split']} set, recipe `{recipe['name']}` with "
         f"{recipe['epochs']} epochs of batch {recipe['batch_size']}, {''.join(changed)}{tta}, {settings['precision']}, "

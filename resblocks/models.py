@@ -94,7 +94,7 @@ def wide_resnet(depth: int, widen_factor: int, **options: Any) -> ResNet:
 
 
 def cifar_resnext(depth: int, cardinality: int, base_width: int, **options: Any) -> ResNet:
-    """The CIFAR ResNeXt of 9n + 2 layers (Xie et al. 2017, sec. 5.2).
+    """The CIFAR ResNeXt of 9n + 2 layers (Xie et al. 2017, sec. 5.3).
 
     Raises:
         ValueError: depth is not 9n + 2.

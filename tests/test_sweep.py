@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sweep
 import torch
-from recompress import through_jpeg
+from recompress import distances, through_jpeg
 
 from resblocks import list_models
 from resblocks.training import Ranks, Result
@@ -203,3 +203,5 @@ def test_recompressed_images_are_a_little_worse_in_every_place() -> None:
     assert 0 < error.mean() < 10
     assert error.max() < 60
     assert torch.equal(through_jpeg(images), through_jpeg(images))
+    assert 20 < distances(images, through_jpeg(images)).item() < 40
+    assert distances(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 25.5)).tolist() == pytest.approx([20, 20])

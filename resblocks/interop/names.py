@@ -205,6 +205,12 @@ TIMM_OUT: dict[str, str] = {
     "rexnet*": "linear bottlenecks that add to a part of the channels",
     "resnet*_clip*": "CLIP's stem and attention pool",
     "resnet*q": "ResNet-Q: another stem and shortcuts of BYOB",
-    "resnet*ts*": "BYOB's stems and self-attention",
+    "*resne*ts*": "BYOB's stems and self-attention",
+    "gcresne*": "BYOB's nets with global context attention",
+    "lambda_resnet*": "BYOB's nets with lambda layers",
+    "resnet50_mlp": "BYOB's head with a hidden layer",
+    "nf_*resne*": "normalizer-free: scaled activations in place of norms",
+    "cspresne*": "cross-stage partial: each stage splits its channels",
+    "tresnet*": "TResNet: space-to-depth stem, other blocks in the later stages",
     "rdnet*": "DenseNet in the manner of ConvNeXt",
 }
