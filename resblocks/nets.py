@@ -201,7 +201,8 @@ class ResNet(Network):
         num_classes: outputs of the head; 0 leaves the pooled features.
         in_channels: channels of the input.
         output_stride: largest total stride; further stages dilate their convolutions instead (Yu et al. 2017), and put
-            out at the positions of the net without it what that puts out there. `downsample` is then one of ours.
+            out at the positions of the net without it what that puts out there, unless a layer takes means over
+            positions (attention, group or instance norm, batch norm in training). `downsample` is then one of ours.
         drop_path: probability of dropping the last block's branch; block l of L drops with l / L of it
             (Huang et al. 2016, eq. 4).
         skip: False builds the plain net, without shortcuts and their weights.
