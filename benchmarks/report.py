@@ -30,6 +30,7 @@ from performance_tables import markdown, read
 from resblocks import DenseNet, ResNet
 from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION
 from resblocks.training import RECIPES, Recipe
+from resblocks.training.__main__ import CHOICES, RECIPE_HELP
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPLEXITY = ROOT / "tests" / "expected" / "complexity.json"
@@ -160,6 +161,16 @@ def recipes_table() -> str:
     return markdown(["recipe", "what it changes"], rows, "ll")
 
 
+def recipe_values_table() -> str:
+    """What each value of a recipe says, as the command line has it."""
+    rows = []
+    for option, value in Recipe().as_dict().items():
+        if option != "name":
+            of = f"; one of {', '.join(CHOICES[option])}" if option in CHOICES else ""
+            rows.append([f"`{option}`", f"`{value!r}`", f"{RECIPE_HELP[option]}{of}"])
+    return markdown(["value", "default", "what it says"], rows, "lll")
+
+
 def gradients_table() -> str:
     """Gradients first over last in each stage at initialisation, and how the maps grow from first to last.
 
@@ -229,6 +240,7 @@ TABLES = {
     "dense-memory": dense_memory_table,
     "gradients": gradients_table,
     "recipes": recipes_table,
+    "recipe-values": recipe_values_table,
     "inference": inference_table,
     **runs.REGIONS,
     **{name: partial(made, table_of) for name, table_of in performance_tables.TABLES.items()},

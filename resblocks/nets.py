@@ -39,6 +39,7 @@ from resblocks.watched import is_traced
 
 Block = Callable[..., nn.Module]
 LAYER_OPTIONS = LayerOptions.__annotations__
+DILATIONS = ("dilation", "first_dilation")
 
 
 class Network(nn.Module):
@@ -426,12 +427,27 @@ def check_output_stride(output_stride: object, stem_stride: Stride, strides: Seq
 def check_block(block: object, options: Iterable[str]) -> None:
     """Raise for what makes no blocks, and for an option that neither a net nor the block has.
 
-    Dilations are no options of a net: `output_stride` decides them.
+    What another's block does with `**options` is its own affair, but for the dilations.
     """
     if isinstance(block, nn.Module) or not callable(block):
         raise ValueError(f"block must be a class or callable that makes blocks, got {block!r}")
-    own = inspect.signature(block).parameters.keys() - {"dilation", "first_dilation"}
-    refuse_foreign(ResNet, [name for name in options if name not in own], NetOptions.__annotations__)
+    parameters = inspect.signature(block).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    own = options if takes_any and not is_ours(block) else parameters
+    refuse_foreign(ResNet, [name for name in options if name not in {*own, *DILATIONS}], NetOptions.__annotations__)
+    for name in DILATIONS:
+        if name in options:
+            raise TypeError(
+                f"ResNet takes no {name}: output_stride decides that of each stage, partial(block, {name}=...) that "
+                f"of all blocks"
+            )
+
+
+def is_ours(block: Block) -> bool:
+    """Whether the library says which arguments the block takes."""
+    made_by = inside(block)
+    constructor: object = vars(made_by).get("__init__", made_by) if isinstance(made_by, type) else made_by
+    return str(getattr(constructor, "__module__", "")).partition(".")[0] == "resblocks"
 
 
 def make_block(block: Block, in_channels: int, width: int, stride: Stride, options: dict[str, object]) -> nn.Module:
@@ -469,7 +485,7 @@ def taken_options(block: Block, name: str, options: dict[str, object]) -> dict[s
 
 def with_one_dilation(options: dict[str, object]) -> dict[str, object]:
     """The options for a block without `first_dilation`: its `dilation` is that of its first 3x3 convolution."""
-    others = {option: value for option, value in options.items() if option not in ("dilation", "first_dilation")}
+    others = {option: value for option, value in options.items() if option not in DILATIONS}
     return others if options["first_dilation"] == 1 else {**others, "dilation": options["first_dilation"]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import subprocess
 import sys
@@ -245,9 +246,26 @@ class _Payload:
 
 def test_file_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"weight": _Payload()}, tmp_path / "weights.pt")
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(ValueError, match=r"must hold tensors and plain types alone, 'weights\.pt' holds also print"):
         read(tmp_path / "weights.pt")
     assert "never run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["model", "args"])
+def test_file_that_holds_more_than_tensors_says_what_to_do(tmp_path: Path, what: str) -> None:
+    model = torchvision.models.resnet18(num_classes=3)
+    held = {"model": model, "args": {"model": model.state_dict(), "args": argparse.Namespace(lr=0.1)}}[what]
+    torch.save(held, tmp_path / "run.pth")
+    net, kind = create_model("resnet18", num_classes=3), {"model": "torchvision", "args": "argparse.Namespace"}[what]
+    with pytest.raises(ValueError, match=rf"'run.pth' holds also {kind}.*torch.load\('run.pth', weights_only=False\)"):
+        load(net, tmp_path / "run.pth")
+    assert load(net, torch.load(tmp_path / "run.pth", weights_only=False)) == []
+
+
+@pytest.mark.parametrize(("channels", "how"), [(1, "'sum' or 'repeat'"), (4, "'repeat'")])
+def test_refused_channels_say_what_would_adapt_them(channels: int, how: str) -> None:
+    with pytest.raises(ValueError, match=f"; first_conv={how} adapts the channels"):
+        load(create_model("resnet18", in_channels=channels), torchvision.models.resnet18())
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

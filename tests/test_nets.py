@@ -681,10 +681,26 @@ def test_unknown_option_of_a_net_raises():
         small(output_strides=8)
 
 
+class OfAnother(BasicBlock):
+    def __init__(self, in_channels, out_channels, stride=1, **options):
+        self.kernel = options.pop("kernel", 3)
+        super().__init__(in_channels, out_channels, stride, **options)
+
+
+def test_options_of_a_block_of_ones_own_reach_it():
+    assert small(OfAnother, kernel=5).stages[0][0].kernel == 5
+    assert small(lambda *args, **options: OfAnother(*args, **options), kernel=7).stages[0][0].kernel == 7
+    for block in (OfAnother, BasicBlock):
+        with pytest.raises(TypeError, match="ResNet takes no dilation"):
+            small(block, dilation=2)
+    with pytest.raises(TypeError, match="ResNet takes no kernel; the options are block, depths"):
+        small(partial(BasicBlock, groups=1), kernel=5)
+
+
 @pytest.mark.parametrize("option", ["dilation", "first_dilation"])
 @pytest.mark.parametrize("output_stride", [None, 1])
 def test_dilation_of_a_net_is_that_of_its_output_stride(option, output_stride):
-    with pytest.raises(TypeError, match=f"ResNet takes no {option}; the options are .*output_stride"):
+    with pytest.raises(TypeError, match=f"ResNet takes no {option}: output_stride decides"):
         small(output_stride=output_stride, **{option: 2})
     assert small(partial(BasicBlock, dilation=2)).stages[1][0].branch.conv1.dilation == (2, 2)
 

@@ -459,12 +459,18 @@ class Spare(nn.Module):
         return logits
 
 
+class SteepRecipe(Recipe):
+    def lr_at(self, step: int, total_steps: int) -> float:
+        return 1.0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"seed": np.int64(3)}, r"seed must be an int, got np.int64\(3\)"),
         ({"seed": None}, "seed must be an int, got None"),
         ({"name": None}, "name must be a str, got None"),
+        ({"recipe": SteepRecipe()}, "recipe must be a Recipe, such as .*, got SteepRecipe"),
         ({"gradients": "no"}, "gradients must be True or False, got 'no'"),
         ({"channels_last": np.bool_(True)}, "channels_last must be True or False"),
         ({"checkpoint_seconds": None}, "checkpoint_seconds must be an integer or a float, got None"),

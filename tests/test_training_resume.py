@@ -285,14 +285,16 @@ def test_weights_in_another_order_are_others() -> None:
 
 
 class _Scaled(torch.nn.Module):
-    """A net whose forward depends on what neither names nor options tell."""
+    """A net whose forward depends on what neither names nor options tell; a head that starts at zero hides it."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
-        self.net, self.scale = tiny_net(), scale
+        torch.manual_seed(0)
+        self.conv, self.head, self.scale = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 3), scale
+        torch.nn.init.zeros_(self.head.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.scale * self.net(x)
+        logits: torch.Tensor = self.head(self.scale * self.conv(x).relu().mean((2, 3)))
         return logits
 
 
@@ -303,7 +305,7 @@ def test_net_with_another_forward_is_refused_the_folder(finished: bool, tmp_path
     else:
         _fit_and_stop(tmp_path / "run", _Scaled(1.0))
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
-    with pytest.raises(ValueError, match=r"holds a run of other settings \(net.first_logits is \["):
+    with pytest.raises(ValueError, match=r"holds a run of other settings \(net.first_gradient is \["):
         tiny_fit(tmp_path / "run", _Scaled(2.0))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
     assert tiny_fit(tmp_path / "run", _Scaled(1.0001)).accuracy_percent > 0  # as another device rounds
@@ -314,10 +316,10 @@ def _fit_and_stop(out: Path, net: torch.nn.Module) -> None:
         _fit_with_fault(out, net, "signal", 4)
 
 
-def test_run_from_before_first_logits_were_kept_is_read(tmp_path: Path) -> None:
+def test_run_from_before_first_gradients_were_kept_is_read(tmp_path: Path) -> None:
     done = tiny_fit(tmp_path / "run")
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert len(settings["net"].pop("first_logits")) == 3
+    assert len(settings["net"].pop("first_gradient")) == 3
     (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
     assert tiny_fit(tmp_path / "run").epochs == done.epochs
 
@@ -540,7 +542,7 @@ def test_folder_of_a_net_with_the_same_state_dict_is_refused(other: str, tmp_pat
 def test_folder_from_before_layers_and_options_were_written_down_still_counts(tmp_path: Path) -> None:
     tiny_fit(tmp_path)
     settings = json.loads((tmp_path / "run.json").read_text())
-    del settings["net"]["layers"], settings["net"]["starting_weights"]
+    del settings["net"]["layers"], settings["net"]["starting_weights"], settings["net"]["first_gradient"]
     del settings["recipe"]["alternate_flip"]
     (tmp_path / "run.json").write_text(json.dumps(settings))
     before = (tmp_path / "result.json").stat().st_mtime_ns

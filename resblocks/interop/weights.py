@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -145,7 +146,8 @@ def match(
             fitted, note = fit_first_conv(given[their_key], wanted, first_conv if key == first else "same")
             notes += [f"{name}: {said}" for said in (note, narrowed(fitted, tensor)) if said]
             if fault := misfit(name, fitted, wanted, tensor):
-                faults.append(fault + _hint(key, first if fitted.shape[2:] == wanted[2:] else ""))
+                adapts = key == first and fitted.shape[2:] == wanted[2:]
+                faults.append(fault + _hint(key, wanted[1] if adapts else 0))
             else:
                 new[key] = fitted.reshape(tensor.shape)
         elif key.endswith("num_batches_tracked"):
@@ -156,7 +158,7 @@ def match(
     if uncounted:
         notes.append(f"{uncounted} num_batches_tracked: not in the source, start at 0")
     known = set(names.theirs.values())
-    faults += [f"not in the net: {names.both(key)}{_hint(names.ours(key), first)}" for key in given if key not in known]
+    faults += [f"not in the net: {names.both(key)}{_hint(names.ours(key))}" for key in given if key not in known]
     return new, notes, faults
 
 
@@ -360,10 +362,12 @@ def _fewest(net: nn.Module, vocabulary: str) -> str:
     return ", ".join(fewest[:3]) + (", ..." if len(fewest) > 3 else "")
 
 
-def _hint(key: str, first: str) -> str:
+def _hint(key: str, in_channels: int = 0) -> str:
+    """What would make a misfit fit: for the first convolution its channels are given."""
     if key.startswith("head."):
         return "; drop_head=True leaves it out"
-    return "; first_conv='sum' or 'repeat' adapts the channels" if key == first else ""
+    how = "'sum' or 'repeat'" if in_channels == 1 else "'repeat'"
+    return f"; first_conv={how} adapts the channels" if in_channels else ""
 
 
 def _read_file(path: Path) -> Mapping[str, Tensor]:
@@ -373,7 +377,15 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
         return load_file(path)
     if path.suffix not in (".pt", ".pth", ".ckpt", ".bin", ".tar"):
         raise ValueError(f"a file of weights must be .safetensors, .pt, .pth, .ckpt, .bin or .tar, got {path.name!r}")
-    given: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        given: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        held = f"also {found[1]}" if found else "no such file"
+        raise ValueError(
+            f"a file of weights must hold tensors and plain types alone, {path.name!r} holds {held}: where you trust "
+            f"it, hand over what torch.load({path.name!r}, weights_only=False) gives"
+        ) from error
     if not isinstance(given, Mapping):
         raise ValueError(f"a file of weights must hold tensors by name, got {type(given).__name__} in {path.name!r}")
     return given

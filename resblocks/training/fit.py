@@ -110,7 +110,7 @@ def fit(
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset must be a resblocks.training.Dataset, got {type(dataset).__name__}")
-    if not isinstance(recipe, Recipe):
+    if type(recipe) is not Recipe:  # of a class of one's own, run.json could not say what it changes
         raise ValueError(f"recipe must be a Recipe, such as get_recipe('r26'), got {recipe!r}")
     if not isinstance(name, str):
         raise ValueError(f"name must be a str, got {name!r}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resblocks.undisturbed import restored
@@ -25,7 +26,7 @@ from .recipe import Recipe, whole_recipe
 from .result import Result
 
 START = "net.starting_weights"
-LOGITS = "net.first_logits"
+GRADIENT = "net.first_gradient"
 
 
 def layout_digest(net: nn.Module) -> str:
@@ -75,26 +76,30 @@ def same_values(one: list[float], other: list[float], tolerance: float = 1e-4) -
     return all(abs(mine - theirs) <= tolerance * one[1] for mine, theirs in zip(one, other, strict=False))
 
 
-def first_logits(net: nn.Module, dataset: Dataset) -> list[float] | None:
-    """Fingerprint of what the net makes of the first training image: of what its `forward` does, which no name tells.
+def first_gradient(net: nn.Module, dataset: Dataset) -> list[float] | None:
+    """Fingerprint of the gradient of a few images: of what `forward` does, which no name tells and a zero head hides.
 
-    None where it does not take the image, or not as float32, or makes nothing finite of it.
+    In evaluation mode, where all processors agree. None where the net does not take the images so, or makes nothing
+    finite of them.
     """
-    device = next(net.parameters()).device
-    images = normalise(dataset.train_images[:1], dataset.mean, dataset.std).to(device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), restored(net):
+    weights = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
+    device = next(iter(weights.values())).device
+    images = normalise(dataset.train_images[:4], dataset.mean, dataset.std).to(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad(), restored(net):
         torch.manual_seed(0)  # some nets draw in evaluation, too
         try:
-            logits = net.eval()(images)
+            loss = F.cross_entropy(net.eval()(images), dataset.train_labels[:4].to(device))
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
         except (RuntimeError, ValueError, TypeError):
             return None
-    return fingerprint({"logits": logits}) if isinstance(logits, Tensor) and logits.isfinite().all() else None
+    found = {name: one for name, one in zip(weights, gradients, strict=True) if one is not None}
+    return fingerprint(found) if all(one.isfinite().all() for one in found.values()) else None
 
 
 def run_settings(net: nn.Module, name: str, dataset: Dataset, recipe: Recipe, **options: Any) -> dict[str, Any]:
     """All that a run depends on, as plain data: what its folder is known by."""
     data = {"name": dataset.name, "split": dataset.split, "sha256": dataset.key, "classes": list(dataset.classes)}
-    about_net = net_settings(net, name) | {"first_logits": first_logits(net, dataset)}
+    about_net = net_settings(net, name) | {"first_gradient": first_gradient(net, dataset)}
     return {"net": about_net, "dataset": data, "recipe": recipe.as_dict(), **options}
 
 
@@ -114,7 +119,7 @@ def check_same(given: list[dict[str, Any]]) -> None:
     Raises:
         ValueError: they differ.
     """
-    first, *others = ({**_flat(settings), START: None, LOGITS: None} for settings in given)
+    first, *others = ({**_flat(settings), START: None, GRADIENT: None} for settings in given)
     for rank, other in enumerate(others, start=1):
         if different := _different(first, other):
             changes = "; ".join(
@@ -151,8 +156,8 @@ def check_settings(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     different = _different(there, here)
     if START in different and same_values(there[START], here[START]):
         different.remove(START)
-    if LOGITS in different and (START in different or _same_logits(there[LOGITS], here[LOGITS])):
-        different.remove(LOGITS)
+    if GRADIENT in different and (START in different or _same_gradient(there[GRADIENT], here[GRADIENT])):
+        different.remove(GRADIENT)
     if different == [START]:
         if read_finished(out) is None:
             return _goes_on(out, written, settings)
@@ -168,13 +173,13 @@ def check_settings(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _completed(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
     """The settings of a folder, where it is from before some were written down with those that do not contradict."""
-    newer = [LOGITS, "net.layers", "dataset.classes", *([] if START in there else [START, "net.frozen"])]
+    newer = [GRADIENT, "net.layers", "dataset.classes", *([] if START in there else [START, "net.frozen"])]
     return _flat({"recipe": whole_recipe({})}) | {key: here[key] for key in newer if key in here} | there
 
 
-def _same_logits(one: list[float] | None, other: list[float] | None) -> bool:
-    """Up to the rounding of another device; a net that now is none of those that can be told may be the same."""
-    return one is None or other is None or same_values(one, other, 1e-2)
+def _same_gradient(one: list[float] | None, other: list[float] | None) -> bool:
+    """Up to the rounding of another device, which the layers enlarge; what cannot be told may be the same."""
+    return one is None or other is None or same_values(one, other, 5e-2)
 
 
 def _goes_on(out: Path, there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
