@@ -447,6 +447,41 @@ def test_other_errors_come_through_as_they_are(tmp_path: Path) -> None:
         pass
 
 
+class Sometimes(nn.Module):
+    """Stochastic depth for a whole batch: in some steps a weight gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.shift = tiny_net(), nn.Parameter(torch.zeros(3, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.net(x + self.shift if torch.rand(()) < 0.5 or not self.training else x)
+        return logits
+
+
+def test_weight_may_get_its_first_gradient_later_than_others(tmp_path: Path) -> None:
+    net = Sometimes()
+    assert tiny_fit(tmp_path, net).loss > 0
+    assert net.shift.any()
+
+
+class Silent(nn.Module):
+    """Evaluation without gradients, by its own choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny_net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(not self.training):
+            logits: torch.Tensor = self.net(x)
+        return logits
+
+
+def test_net_that_evaluates_without_gradients_is_trained(tmp_path: Path) -> None:
+    assert tiny_fit(tmp_path / "own", Silent()).loss == tiny_fit(tmp_path / "usual").loss
+
+
 class Spare(nn.Module):
     """All that is used is frozen, and what is not is to be trained."""
 

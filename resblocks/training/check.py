@@ -42,16 +42,17 @@ def check_net(loop: Loop, dataset: Dataset) -> None:
     gpus = [loop.device] if loop.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), torch.no_grad(), restored(loop.net), loop.autocast():
         loop.net.eval()
-        said = f"of shape {dataset.shape} (C, H, W)"
-        with torch.enable_grad():
-            logits = check_logits(loop, loop.normalised(loop.images[:1]), len(dataset.classes), said)
-        if not logits.requires_grad:
-            raise ValueError("net must have a parameter to train that its logits depend on, got none that they do")
+        check_logits(
+            loop, loop.normalised(loop.images[:1]), len(dataset.classes), f"of shape {dataset.shape} (C, H, W)"
+        )
         loop.net.train()
         batch = loop.normalised(loop.images[: loop.local_batch], loop.recipe.scale_at(0, loop.total_steps))
         settings = f"start_scale={loop.recipe.start_scale}, {loop.local_batch} images a process and step"
         said = f"of shape {tuple(batch.shape[1:])} in training ({settings})"
-        check_logits(loop, batch, len(dataset.classes), said)
+        with torch.enable_grad():
+            logits = check_logits(loop, batch, len(dataset.classes), said)
+        if not logits.requires_grad:
+            raise ValueError("net must have a parameter to train that its logits depend on, got none that they do")
 
 
 def check_logits(loop: Loop, images: Tensor, classes: int, said: str) -> Tensor:

@@ -88,9 +88,10 @@ def first_gradient(net: nn.Module, dataset: Dataset) -> list[float] | None:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad(), restored(net):
         torch.manual_seed(0)  # some nets draw in evaluation, too
         try:
-            loss = F.cross_entropy(net.eval()(images), dataset.train_labels[:4].to(device))
+            logits = net.eval()(images)
+            loss = F.cross_entropy(logits, torch.zeros(len(images), dtype=torch.int64, device=device))
             gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
-        except (RuntimeError, ValueError, TypeError):
+        except Exception:  # which `check_net` will explain
             return None
     found = {name: one for name, one in zip(weights, gradients, strict=True) if one is not None}
     return fingerprint(found) if all(one.isfinite().all() for one in found.values()) else None

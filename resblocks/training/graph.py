@@ -33,8 +33,7 @@ class GraphedStep:
 
     Args:
         step: works on the device alone; reads its inputs and changes `state()`, and never makes the host wait.
-        state: the tensors that a step changes, as they are at the time of the call. Those that the warm-up makes must
-            begin as zeros.
+        state: the tensors that a step changes, as they are at the time of the call.
     """
 
     def __init__(self, step: Callable[..., None], state: Callable[[], list[Tensor]]) -> None:
@@ -58,11 +57,11 @@ class GraphedStep:
 
     def _warm_up(self) -> None:
         """Steps that leave no trace."""
-        before = {tensor: tensor.detach().clone() for tensor in self._state()}
+        before = [(tensor, tensor.detach().clone()) for tensor in self._state()]
         run_aside(self._once, WARM_UP)
         with torch.no_grad():
-            for tensor in self._state():
-                tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
+            for tensor, value in before:
+                tensor.copy_(value)
 
 
 def run_aside(work: Callable[[], None], times: int) -> None:

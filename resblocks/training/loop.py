@@ -81,6 +81,10 @@ class Loop:
             weight_decay=recipe.weight_decay,
             fused=True,  # faster, and it can be told on the device to leave the weights alone
         )
+        if recipe.momentum > 0:
+            # The fused kernel takes all buffers or none, but a weight may get its first gradient later than others.
+            for weight in [weight for weight in net.parameters() if weight.requires_grad]:
+                self.optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         self.optimizer.zero_grad(set_to_none=True)  # the first step would add its gradient to the caller's
         self.meter = Meter(device)
         state = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
@@ -103,8 +107,12 @@ class Loop:
 
     def has_idle_weights(self) -> bool:
         """Whether a weight that is to be trained gets no gradient, such as those of a shortcut that is off."""
+        self.reseed(derive_seed("idle", self.seed))
+        images = self.normalised(self.images[: self.local_batch], self.recipe.scale_at(0, self.total_steps))
         with restored(self.net):
-            self.net.eval()(self.normalised(self.images[:1])).sum().backward()
+            with self.autocast():
+                logits = self.net.train()(images)
+            logits.sum().backward()
             idle = any(weight.requires_grad and weight.grad is None for weight in self.net.parameters())
         self.optimizer.zero_grad(set_to_none=True)
         return idle
