@@ -33,7 +33,7 @@ VALUES: list[tuple[str, str, dict[str, Any], str]] = [
     ("norm", "`LayerNorm`", {"norm": rb.LayerNorm}, "Ba et al. 2016; over channels: Liu et al. 2022"),
     ("norm", "`instance_norm`", {"norm": rb.instance_norm}, "Ulyanov et al. 2016"),
     ("norm", "`FrozenBatchNorm`", {"norm": rb.FrozenBatchNorm}, "He et al. 2015, fine-tuning"),
-    ("norm", "`None`", {"norm": None}, "convolutions get a bias"),
+    ("norm", "`None`", {"norm": None}, "convolutions get a bias; deep nets then want a `scale` that starts small"),
     ("activation", "any class or callable, out of place", {"activation": nn.SiLU}, ""),
     ("conv", "`weight_standardised`", {"conv": rb.weight_standardised}, "Qiao et al. 2019"),
     ("attention", "`SE`", {"attention": rb.SE}, "Hu et al. 2018"),

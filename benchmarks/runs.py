@@ -6,9 +6,8 @@ import hashlib
 import io
 import json
 import re
-import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ import sweep
 from performance_tables import markdown
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from scipy import stats
 
 from resblocks.training import Result, draw_figures, get_recipe
 from resblocks.training.figures import draw_depths
 from resblocks.training.files import write_atomic
 from resblocks.training.recipe import whole_recipe
-from resblocks.training.result import seeds_in_words, title
+from resblocks.training.result import interval, mean_and_std, seeds_in_words, title
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = sweep.RUNS
@@ -176,21 +174,6 @@ def table(group: list[dict[str, Any]], *left_out: str) -> str:
         left_out = (*left_out, "published, %")
     kept = [name for name in header if name not in left_out and any(row[name] for row in rows)]  # none says nothing
     return markdown(kept, [[row[name] for name in kept] for row in rows], "l" + "r" * (len(kept) - 1))
-
-
-def mean_and_std(values: Sequence[float], digits: int) -> str:
-    """The value of a single run, or mean, sample standard deviation and number of several."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f} (n={len(values)})"
-
-
-def interval(values: Sequence[float]) -> str:
-    """Student's 95 % interval of the mean, cut at 100 %, which no accuracy exceeds; nothing for a single run."""
-    if len(values) < 2:
-        return ""
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.fmean(values)
-    return f"{mean - half:.2f} to {min(mean + half, 100.0):.2f}"
 
 
 def published(name: str, recipe: str) -> str:

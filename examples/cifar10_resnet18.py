@@ -4,7 +4,7 @@
     python examples/cifar10_resnet18.py                         # CIFAR-10, downloaded into data/
     torchrun --nproc-per-node 2 examples/cifar10_resnet18.py    # the same experiment on two GPUs
 
-All nets get the same recipe, the same seed and the same order of images. Stop it when you like: the same command goes
+All nets get the same recipe, the same seeds and the same order of images. Stop it when you like: the same command goes
 on from the last checkpoint, and a finished net is not trained again. The numbers are those of the last epoch.
 """
 
@@ -43,7 +43,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="of each step, over all processes (default: the recipe's)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the recipe's)")
     parser.add_argument("--cutout", type=int, help="side of the masked square, 0 is off (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="of weights, order, augmentation; one or several (default: 0)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument(
         "--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: as the hardware has it"

@@ -139,6 +139,32 @@ def test_table_has_the_papers_numbers_beside_ours() -> None:
     assert "89.9" not in results_table([_made_up("resnet18", 0)], on_cifar10=False)
 
 
+def test_each_of_several_seeds_is_a_run_of_its_own(tmp_path: Path) -> None:
+    options = {"device": "cpu", "precision": "float32", "progress": False, "gradients": False}
+    several = run_variants(["resnet20"], tiny_dataset(), RECIPE, out=tmp_path / "two", seed=[0, 3], **options)
+    assert [result.settings["seed"] for result in several] == [0, 3]
+    assert several[0].loss != several[1].loss
+    (alone,) = run_variants(["resnet20"], tiny_dataset(), RECIPE, out=tmp_path / "one", seed=[3], **options)
+    assert alone.loss == several[1].loss
+    assert (tmp_path / "two" / "resnet20" / "seed-3" / "result.json").exists()
+    assert (tmp_path / "one" / "resnet20" / "result.json").exists()
+
+
+@pytest.mark.parametrize(("seeds", "said"), [([], "none"), ([1, 1], "1, 1")])
+def test_seeds_must_differ(seeds: list[int], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"seed must be one or several that differ, got {said}"):
+        run_variants(["resnet20"], tiny_dataset(), RECIPE, out=tmp_path, seed=seeds)
+
+
+def test_table_has_a_row_for_the_seeds_of_a_net() -> None:
+    table = results_table([_made_up(name, seed) for seed in (0, 1, 3) for name in ("resnet18", "resnet18_noskip")])
+    header, _, first, second = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert header == ["net", "accuracy (%)", "95 % interval", "loss", "parameters", "training (s)"]
+    accuracy = ["44.33 ± 1.53 (n=3)", "40.54 to 48.13"]  # of 43, 44 and 46: 4.303 standard deviations / sqrt(3)
+    assert first == ["ResNet-18", *accuracy, "1.2500 ± 0.0000 (n=3)", "11,173,962", "4.5 ± 0.0 (n=3)"]
+    assert second[:3] == ["ResNet-18 without skips", *accuracy]
+
+
 @pytest.mark.parametrize(
     ("name", "split", "shown"),
     [("CIFAR-10 (PNG)", "test", True), ("CIFAR-10", "validation", False), ("CIFAR-100", "test", False)],

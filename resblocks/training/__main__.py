@@ -27,7 +27,7 @@ class Config:
     validation: int = 0
     recipe: str = "auto"
     out: Path = Path("runs/training")
-    seed: int = 0
+    seed: list[int] = field(default_factory=lambda: [0])
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
@@ -53,7 +53,7 @@ HELP = {
     "validation": "number of training images to hold out and evaluate on, for selection; 0: the test set",
     "recipe": "see the list below; auto: digits for the digits, else paper",
     "out": "folder of checkpoints, results and figures",
-    "seed": "seed of weights, order, augmentation and dropout",
+    "seed": "of weights, order, augmentation and dropout; each of several trains every net, and the table has means",
     "device": "auto, cpu, cuda, cuda:1, ...",
     "precision": "auto: bfloat16 where the hardware has it",
     "compile": "torch.compile the nets",
@@ -119,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     types, defaults = typing.get_type_hints(Config), Config()
     for entry in fields(Config):
         default = getattr(defaults, entry.name)
-        shown = " ".join(default) if isinstance(default, list) else default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
         help = f"{HELP[entry.name]} (default: {shown})"
         _add(parser, entry.name, types[entry.name], default, help, CHOICES.get(entry.name))
     group = parser.add_argument_group("options of the recipe (default: the recipe's own value)")

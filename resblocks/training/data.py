@@ -6,7 +6,7 @@ import functools
 import hashlib
 import urllib.error
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,10 +32,10 @@ class Dataset:
 
     name: str  # what a result on it says, e.g. "CIFAR-10 (JPEG q75)"
     classes: tuple[str, ...]
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
+    train_images: Tensor = field(repr=False)
+    train_labels: Tensor = field(repr=False)
+    test_images: Tensor = field(repr=False)
+    test_labels: Tensor = field(repr=False)
     split: str = "test"  # what the evaluation part is: test or validation
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
-"""Several nets, one recipe, one seed: train them one by one, then a table, a JSON and figures. Resumable as a whole."""
+"""Several nets and seeds, one recipe: train them one by one, then a table, a JSON and figures. Resumable as a whole."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from .files import write_json
 from .fit import Diverged, fit
 from .ranks import Ranks
 from .recipe import Recipe
-from .result import Result, title
+from .result import Result, by_name, interval, mean_and_std, seeds_in_words, title
 from .small_maps import small_map_products
 
 # CIFAR-10 test accuracy in percent: arXiv 2510.24036, abstract; the net without skips after a report that quotes it.
@@ -69,7 +70,7 @@ def run_variants(
     recipe: Recipe,
     *,
     out: str | Path,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     ranks: Ranks | None = None,
     **options: Any,
 ) -> list[Result]:
@@ -77,10 +78,16 @@ def run_variants(
 
     All names are tried before the first training starts. `options` are those of `fit`.
 
+    Args:
+        seed: one, or several; then each has a folder `out/<variant>/seed-<seed>`.
+
     Raises:
-        ValueError: no variants, or one twice; what `fit` raises.
+        ValueError: no variants or seeds, or one twice; what `fit` raises.
         SomeDiverged: after all were trained.
     """
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seed must be one or several that differ, got {', '.join(map(str, seeds)) or 'none'}")
     variants = list(variants)
     if not variants or len(set(variants)) < len(variants):
         raise ValueError(
@@ -92,10 +99,11 @@ def run_variants(
             with small_map_products(net) if options.get("small_maps") else nullcontext():
                 pass
     results, failures = [], []
-    for variant in variants:
-        net, folder = build_net(variant, dataset, seed), Path(out) / variant
+    for one, variant in itertools.product(seeds, variants):  # seed by seed: who stops early has all variants
+        net, folder = build_net(variant, dataset, one), Path(out) / variant
+        folder = folder / f"seed-{one}" if len(seeds) > 1 else folder
         try:
-            results.append(fit(net, dataset, recipe, out=folder, name=variant, seed=seed, ranks=ranks, **options))
+            results.append(fit(net, dataset, recipe, out=folder, name=variant, seed=one, ranks=ranks, **options))
         except Diverged as error:
             failures.append(error)
     if failures:
@@ -130,7 +138,8 @@ def run_experiment(
         write_results(Path(out) / "results.json", results)
         figures = draw_figures(results, out, formats)
         about = f"last of {recipe.epochs} epochs, recipe {recipe.name}, TTA {recipe.tta}"
-        print(f"\n{dataset.name}, {dataset.split} set, {about}, seed {options.get('seed', 0)}\n")
+        seeds = seeds_in_words((result.name, result.settings["seed"]) for result in results)
+        print(f"\n{dataset.name}, {dataset.split} set, {about}, {seeds}\n")
         is_papers = dataset.split == "test" and dataset.name.partition(" ")[0] == "CIFAR-10"
         print(results_table(results, on_cifar10=is_papers))
         print(f"\n{Path(out) / 'results.json'} and {len(figures)} figures in {out}")
@@ -139,15 +148,25 @@ def run_experiment(
     return results
 
 
-def results_table(results: list[Result], on_cifar10: bool) -> str:
-    """A Markdown table of last-epoch numbers, with the paper's beside them where the data set is the paper's."""
-    header = ["net", "accuracy (%)", *(["paper (%)"] if on_cifar10 else []), "loss", "parameters", "training (s)"]
-    rows = [header]
-    for result in results:
-        paper = [f"{PAPER[result.name]:.1f}" if result.name in PAPER else ""] if on_cifar10 else []
-        numbers = [f"{result.loss:.4f}", f"{result.params:,}", f"{result.seconds:.1f}"]
-        rows.append([title(result.name), f"{result.accuracy_percent:.2f}", *paper, *numbers])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+def results_table(results: Sequence[Result], on_cifar10: bool = False) -> str:
+    """A Markdown table of last-epoch numbers, a row for each net.
+
+    Of a net's several seeds: mean, sample standard deviation and number, and Student's 95 % interval of the mean.
+
+    Args:
+        on_cifar10: show the numbers of arXiv 2510.24036 beside those of the nets that it has, too.
+    """
+    several = len({result.name for result in results}) < len(results)
+    columns = [["95 % interval"] if several else [], ["paper (%)"] if on_cifar10 else []]
+    rows = [["net", "accuracy (%)", *columns[0], *columns[1], "loss", "parameters", "training (s)"]]
+    for runs in by_name(results):
+        name, accuracies = runs[0].name, [run.accuracy_percent for run in runs]
+        between = [interval(accuracies)] if several else []
+        paper = [f"{PAPER[name]:.1f}" if name in PAPER else ""] if on_cifar10 else []
+        loss = mean_and_std([run.loss for run in runs], 4)
+        seconds = mean_and_std([run.seconds for run in runs], 1)
+        rows.append([title(name), mean_and_std(accuracies, 2), *between, *paper, loss, f"{runs[0].params:,}", seconds])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
     lines.insert(1, "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|")
     return "\n".join(lines)

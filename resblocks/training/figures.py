@@ -9,7 +9,7 @@ from typing import Any
 
 from .extras import require
 from .files import write_atomic
-from .result import Result, seeds_in_words, title
+from .result import Result, by_name, seeds_in_words, title
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the line style and the marker repeat what they say.
 _LOOKS: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ def draw_figures(results: Sequence[Result], folder: str | Path, formats: Sequenc
             seeds of one net with other numbers of epochs.
     """
     _check_together(results, "draw_figures")
-    for seeds in _by_name(results):
+    for seeds in by_name(results):
         if len(lengths := {len(run.epochs) for run in seeds}) > 1:
             raise ValueError(f"results of one name must have the same epochs, {seeds[0].name} has {sorted(lengths)}")
     some = [result for result in results if not result.name.endswith("_noskip")] or results
@@ -116,7 +116,7 @@ def _by_depth(results: Sequence[Result], plain: bool, part: str) -> dict[int, li
 def _curves(results: Sequence[Result], looks: dict[str, dict[str, Any]], part: str, where: str) -> Any:
     """Accuracy on the left, loss on the right, by epoch."""
     figure, panels = _panels()
-    for seeds in _by_name(results):
+    for seeds in by_name(results):
         epochs = [epoch["epoch"] for epoch in seeds[0].epochs]
         look = looks[seeds[0].name]
         for axes, number in zip(panels, ("accuracy_percent", "loss"), strict=True):
@@ -147,7 +147,7 @@ def _gradients(results: Sequence[Result], looks: dict[str, dict[str, Any]]) -> A
     """Mean absolute gradient of each layer's weights, input to output, before and after training."""
     figure, panels = _panels(sharey=True)
     for axes, moment in zip(panels, (0, -1), strict=True):
-        for seeds in _by_name(results):
+        for seeds in by_name(results):
             sizes = [_sizes(run.gradients[moment]["layers"]) for run in seeds]
             layers = range(1, len(sizes[0]) + 1)
             _line(axes, layers, list(zip(*sizes, strict=True)), looks[seeds[0].name])
@@ -173,14 +173,6 @@ def _after(epochs: set[int]) -> str:
 def _sizes(layers: Sequence[dict[str, Any]]) -> list[float]:
     """By position between input and output: a projection lies beside that path, and would shift what comes after it."""
     return [layer["mean_abs"] or float("nan") for layer in layers if ".shortcut." not in layer["name"]]
-
-
-def _by_name(results: Sequence[Result]) -> list[list[Result]]:
-    """The seeds of each net, all of the same number of epochs."""
-    seeds: dict[str, list[Result]] = {}
-    for result in results:
-        seeds.setdefault(result.name, []).append(result)
-    return list(seeds.values())
 
 
 def _line(axes: Any, x: Sequence[int], seeds: Sequence[Sequence[float]], look: dict[str, Any]) -> None:

@@ -94,7 +94,9 @@ def fit(
         small_maps: on the CPU run 3x3 convolutions with small output maps as matrix products where that was measured to
             be faster; equal up to rounding, see `resblocks.training.small_maps`.
         deterministic: on CUDA choose deterministic convolutions, slower; the CPU's always are.
-        gradients: record the gradient by layer at the start and after each epoch; it does not change the training.
+        gradients: record the gradient by layer at the start and after each epoch; it does not change the training. It
+            is that of the mean loss in training mode, in float32, of 128 training images (fewer where a batch is
+            smaller), the same ones every time and not augmented: compare runs of one batch size.
         checkpoint_steps: steps between further checkpoints, beside those by time and epoch; 0: none.
         checkpoint_seconds: save one also after so much time.
         progress: a bar on a terminal, plain lines elsewhere; False says nothing.

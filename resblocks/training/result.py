@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .extras import require
 
 TITLES = {  # as the papers write the names
     r"^baseline_cnn_(\d+)": r"Baseline CNN-\1",
@@ -45,6 +48,29 @@ def seeds_in_words(runs: Iterable[tuple[str, int]]) -> str:
     if counts == [len(used)]:
         return named
     return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} of the {named} a net"
+
+
+def mean_and_std(values: Sequence[float], digits: int) -> str:
+    """The value of a single run, or mean, sample standard deviation and number of several."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f} (n={len(values)})"
+
+
+def interval(values: Sequence[float]) -> str:
+    """Student's 95 % interval of the mean, cut at 100 %, which no accuracy exceeds; nothing for a single run."""
+    if len(values) < 2:
+        return ""
+    quantile = require("scipy.stats", "scipy").t.ppf(0.975, len(values) - 1)
+    mean, half = statistics.fmean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean - half:.2f} to {min(mean + half, 100.0):.2f}"
+
+
+def by_name(results: Sequence[Result]) -> list[list[Result]]:
+    """The results of each net, which are its seeds."""
+    seeds: dict[str, list[Result]] = {}
+    for result in results:
+        seeds.setdefault(result.name, []).append(result)
+    return list(seeds.values())
 
 
 @dataclass
