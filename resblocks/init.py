@@ -104,7 +104,12 @@ def init_weights(module: nn.Module, draw: Draw | None = None) -> None:
         module: a net, or a part of one.
         draw: a rule of your own or `draw_like_torch`: called with each layer after our rule, those inside it first, to
             set its parameters in place. Starts such as `ZeroInit` and `Fixup` come after all draws.
+
+    Raises:
+        ValueError: `draw` is no function.
     """
+    if draw is not None and not callable(draw):
+        raise ValueError(f"draw must be a function of a layer, which sets its parameters, got {draw!r}")
     init_layers(module, draw)
     start_weights(module)
 

@@ -329,7 +329,7 @@ class BlurPool(nn.Module):
             kernel = kernel[..., None] * line
         weight = kernel.expand(self.channels, 1, *[3] * self.dims)
         if self.border != "constant" and (self.dilation > 1 or torch.compiler.is_compiling()):
-            padded = pad_apart(x, self.dilation, self.border)
+            padded = pad_apart(x, self.dims, self.dilation, self.border)
         else:
             padded = nn.functional.pad(x, (self.dilation, self.dilation) * self.dims, mode=self.border)
         conv = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self.dims - 1]
@@ -341,13 +341,13 @@ class BlurPool(nn.Module):
 
 
 @torch.fx.wrap
-def pad_apart(x: Tensor, dilation: int, border: str) -> Tensor:
+def pad_apart(x: Tensor, dims: int, dilation: int, border: str) -> Tensor:
     """One position more on each side of each map of positions `dilation` apart, by mode "replicate" or "reflect".
 
     At dilation 1 `pad` does the same, but inductor lays out its gradient in another way than it is (torch 2.14, 2D).
     """
     inside = dilation if border == "reflect" else 0  # how far from the border the copied positions begin
-    for dim in range(2, x.dim()):
+    for dim in range(x.dim() - dims, x.dim()):
         size = x.shape[dim]
         if size <= inside:
             raise ValueError(f"border must be replicate or constant on maps of one position, got {border!r}")

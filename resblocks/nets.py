@@ -433,7 +433,7 @@ def check_block(block: object, options: Iterable[str]) -> None:
         raise ValueError(f"block must be a class or callable that makes blocks, got {block!r}")
     parameters = inspect.signature(block).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    own = options if takes_any and not is_ours(block) else parameters
+    own = options if takes_any and not is_ours(block) else parameters.keys() - {"in_channels", "out_channels", "stride"}
     refuse_foreign(ResNet, [name for name in options if name not in {*own, *DILATIONS}], NetOptions.__annotations__)
     for name in DILATIONS:
         if name in options:

@@ -303,7 +303,7 @@ def some_residuals(net: nn.Module, where: Where | None = None) -> dict[str, Resi
         ValueError: it holds no `Residual`, or `where` is no choice.
     """
     if not residuals(net):
-        raise ValueError(f"net must hold at least one Residual, got {type(net).__name__} without any")
+        raise ValueError(f"net must hold a Residual, got {type(net).__name__} without any, as fused nets are")
     return residuals(net, where)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import resblocks as rb
-from resblocks import create_model, skips_off
+from resblocks import PreActBasicBlock, ResNet, create_model, skips_off
 from resblocks.attention import CBAM
 from resblocks.fuse import fuse
 from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION, differences, load, pretrained, to_timm, to_torchvision
@@ -260,6 +260,15 @@ def test_file_that_holds_more_than_tensors_says_what_to_do(tmp_path: Path, what:
     with pytest.raises(ValueError, match=rf"'run.pth' holds also {kind}.*torch.load\('run.pth', weights_only=False\)"):
         load(net, tmp_path / "run.pth")
     assert load(net, torch.load(tmp_path / "run.pth", weights_only=False)) == []
+
+
+def test_missing_weight_is_called_what_the_net_calls_it() -> None:
+    net = ResNet(PreActBasicBlock, (1, 1), (8, 16), stem_width=8)
+    missing = "stages.1.0.preact.norm1.weight"
+    given = {key: value for key, value in to_timm(net).items() if not key.startswith("stages.1.blocks.0.norm1.")}
+    assert missing in net.state_dict()
+    with pytest.raises(ValueError, match=rf"missing in the source: {missing} \(timm: stages.1.blocks.0.norm1.weight"):
+        load(net, given)
 
 
 @pytest.mark.parametrize(("channels", "how"), [(1, "'sum' or 'repeat'"), (4, "'repeat'")])

@@ -181,9 +181,10 @@ def test_blur_pool_equals_timm(size):
 @pytest.mark.parametrize("border", ["replicate", "reflect"])
 def test_compiled_blur_pool_pads_alike(dims, border):
     x = image(4, 5, dims)
-    assert torch.equal(pad_apart(x, 1, border), nn.functional.pad(x, (1, 1) * dims, mode=border))
+    assert torch.equal(pad_apart(x, dims, 1, border), nn.functional.pad(x, (1, 1) * dims, mode=border))
     pool = rb.BlurPool(4, 2, dims, border)
     torch.testing.assert_close(torch.compile(pool, backend="aot_eager")(x), pool(x))
+    assert torch.equal(pad_apart(x[0], dims, 1, border), pad_apart(x, dims, 1, border)[0])
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7, 9])

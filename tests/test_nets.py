@@ -543,6 +543,14 @@ def test_weights_are_drawn_like_torch_draws_them():
         assert 0.5 * limit < conv.bias.abs().max() <= limit
 
 
+def test_rule_that_is_no_function_changes_nothing():
+    net = small()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=r"draw must be a function of a layer.*, got 'orthogonal'"):
+        net.init_weights("orthogonal")
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
 def orthogonal(layer):
     if isinstance(layer, nn.Conv2d):
         nn.init.orthogonal_(layer.weight)
@@ -677,6 +685,8 @@ def test_bad_net_raises(build, text):
 def test_unknown_option_of_a_net_raises():
     with pytest.raises(TypeError, match=r"ResNet takes no activaton \(did you mean 'activation'\?\); the options are"):
         small(activaton=nn.ReLU)
+    with pytest.raises(TypeError, match=r"ResNet takes no stride \(did you mean 'strides'\?\)"):
+        small(stride=2)
     with pytest.raises(TypeError, match=r"ResNet takes no output_strides \(did you mean 'output_stride'\?\)"):
         small(output_strides=8)
 

@@ -203,7 +203,7 @@ def test_set_skip_with_a_predicate_that_matches_nothing_raises():
 
 
 def test_set_skip_without_any_residual_raises():
-    with pytest.raises(ValueError, match="net must hold at least one Residual, got Linear"):
+    with pytest.raises(ValueError, match="net must hold a Residual, got Linear"):
         set_skip(nn.Linear(2, 2), False)
 
 

@@ -31,6 +31,7 @@ from resblocks.training import (
     run_variants,
 )
 from resblocks.training.figures import draw_depths
+from resblocks.training.recipe import get_recipe, recipe_in_words
 from resblocks.training.result import title
 
 
@@ -137,6 +138,25 @@ def test_table_has_the_papers_numbers_beside_ours() -> None:
     ]
     assert len({len(line) for line in table}) == 1
     assert "89.9" not in results_table([_made_up("resnet18", 0)], on_cifar10=False)
+
+
+@pytest.mark.parametrize(
+    ("section", "changed"),
+    [("recipe", {"name": "paper", "lr": 0.3}), ("dataset", {"name": "tiny", "split": "test", "sha256": "other"})],
+)
+def test_runs_of_other_values_or_data_are_no_seeds_of_one_another(
+    section: str, changed: dict[str, Any], tmp_path: Path
+) -> None:
+    other = _made_up("resnet18", 1)
+    other.settings[section] = changed
+    with pytest.raises(ValueError, match="needs results of one data set and recipe, got tiny, recipe paper"):
+        draw_figures([_made_up("resnet18", 0), other], tmp_path)
+
+
+def test_recipe_is_named_with_what_was_changed() -> None:
+    assert recipe_in_words(get_recipe("r26").as_dict()) == "r26"
+    assert recipe_in_words(get_recipe("r26", lr=0.1, tta="flip").as_dict()) == "r26 (lr 0.1, tta flip)"
+    assert recipe_in_words(Recipe(epochs=3).as_dict()) == "custom (epochs 3)"
 
 
 def test_each_of_several_seeds_is_a_run_of_its_own(tmp_path: Path) -> None:

@@ -115,6 +115,8 @@ def test_recipe_survives_json() -> None:
         ({"lr": "0.1"}, "lr must be an integer or a float, got '0.1'"),
         ({"lr": True}, "lr must be an integer or a float, got True"),
         ({"momentum": torch.tensor(0.9)}, r"momentum must be an integer or a float, got tensor\(0.9"),
+        ({"schedule": "steps", "milestones": (0.5, "x")}, r"milestones\[1\] must be an integer or a float, got 'x'"),
+        ({"schedule": ["steps"]}, r"schedule must be a str, got \['steps'\]"),
         ({"milestones": 0.5}, "milestones must be a list or another sequence, got 0.5"),
         ({"epochs": 2.5}, "epochs must be an integer of at least 1, got 2.5"),
         ({"crop": 1.5}, "crop must be an integer of at least 0, got 1.5"),

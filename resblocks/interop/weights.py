@@ -43,9 +43,9 @@ class Names(NamedTuple):
         """What a key of theirs is, or would be, called here; empty if it has no name of ours."""
         return (translate_key(key, reversed_table(self.table)) or "") if self.table else key
 
-    def both(self, key: str) -> str:
-        """A key of theirs with its name here and there."""
-        return f"{self.ours(key) or 'no name of ours'} ({self.vocabulary}: {key})"
+    def both(self, key: str, ours: str = "") -> str:
+        """A key of theirs with its name here, found by the table unless it is given, and there."""
+        return f"{ours or self.ours(key) or 'no name of ours'} ({self.vocabulary}: {key})"
 
 
 def load(
@@ -140,7 +140,7 @@ def match(
     new: dict[str, Tensor] = {}
     notes, faults, first, uncounted = [], [], next(iter(ours)), 0
     for key, their_key in names.theirs.items():
-        name, tensor = names.both(their_key), ours[key]
+        name, tensor = names.both(their_key, key), ours[key]
         if their_key in given:
             wanted = as_theirs(their_key, tensor).shape
             fitted, note = fit_first_conv(given[their_key], wanted, first_conv if key == first else "same")

@@ -17,7 +17,7 @@ from .figures import draw_figures
 from .files import write_json
 from .fit import Diverged, fit
 from .ranks import Ranks
-from .recipe import Recipe
+from .recipe import Recipe, recipe_in_words
 from .result import Result, by_name, interval, mean_and_std, seeds_in_words, title
 from .small_maps import small_map_products
 
@@ -137,7 +137,8 @@ def run_experiment(
     if ranks.is_first and results:
         write_results(Path(out) / "results.json", results)
         figures = draw_figures(results, out, formats)
-        about = f"last of {recipe.epochs} epochs, recipe {recipe.name}, TTA {recipe.tta}"
+        words = recipe_in_words(recipe.as_dict())
+        about = f"last of {recipe.epochs} epochs, recipe {words}, TTA {recipe.tta}"
         seeds = seeds_in_words((result.name, result.settings["seed"]) for result in results)
         print(f"\n{dataset.name}, {dataset.split} set, {about}, {seeds}\n")
         is_papers = dataset.split == "test" and dataset.name.partition(" ")[0] == "CIFAR-10"

@@ -9,6 +9,7 @@ from typing import Any
 
 from .extras import require
 from .files import write_atomic
+from .recipe import recipe_in_words
 from .result import Result, by_name, seeds_in_words, title
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the line style and the marker repeat what they say.
@@ -69,12 +70,17 @@ def _check_together(results: Sequence[Result], who: str) -> None:
     """Raise unless the results can share axes: a figure says once what they all were trained on, and how."""
     if not results or not all(result.epochs for result in results):
         raise ValueError(f"{who} needs results with at least one finished epoch each")
-    about = {(run.settings["dataset"]["name"], run.settings["recipe"]["name"]) for run in results}
-    if len(about) > 1:
-        raise ValueError(f"{who} needs results of one data set and recipe, got {sorted(about)}")
+    about = {_about(run) for run in results}
+    if len(about) > 1 or len({run.settings["dataset"].get("sha256") for run in results}) > 1:
+        raise ValueError(f"{who} needs results of one data set and recipe, got {', '.join(sorted(about))}")
     runs = [(run.name, run.settings["seed"]) for run in results]
     if twice := sorted({run for run in runs if runs.count(run) > 1}):
         raise ValueError(f"{who} needs each net and seed once, got {twice} several times")
+
+
+def _about(result: Result) -> str:
+    """On what a net was trained, and how."""
+    return f"{result.settings['dataset']['name']}, recipe {recipe_in_words(result.settings['recipe'])}"
 
 
 def draw_depths(results: Sequence[Result], folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
@@ -214,10 +220,8 @@ def _finish(figure: Any, axes: Any, results: Sequence[Result]) -> Any:
     handles, labels = axes.get_legend_handles_labels()
     columns = 4 if sum(map(len, labels[:4])) <= 66 else 2  # as many letters as fit beside four lines
     figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels)), handlelength=3)
-    settings = results[0].settings
     seeds = seeds_in_words((result.name, result.settings["seed"]) for result in results)
-    about = f"{settings['dataset']['name']}, recipe {settings['recipe']['name']}, {seeds}"
-    figure.supxlabel(about, fontsize=7, color="#555555", x=0.99, ha="right")
+    figure.supxlabel(f"{_about(results[0])}, {seeds}", fontsize=7, color="#555555", x=0.99, ha="right")
     return figure
 
 

@@ -45,10 +45,11 @@ class Recipe:
     tta: str = "none"  # test-time augmentation: none, flip (logits averaged over the image and its mirror image)
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            if option.type == "float":
-                check_number(**{option.name: getattr(self, option.name)})
+        check_number(**{option.name: getattr(self, option.name) for option in fields(self) if option.type == "float"})
         check_sequence(milestones=self.milestones)
+        check_number(**{f"milestones[{index}]": value for index, value in enumerate(self.milestones)})
+        for option in ("name", "schedule", "padding", "tta"):
+            _check(isinstance(getattr(self, option), str), option, getattr(self, option), "a str")
         check_flag(nesterov=self.nesterov, flip=self.flip, alternate_flip=self.alternate_flip)
         check_positive(epochs=self.epochs, batch_size=self.batch_size)
         check_integer(0, crop=self.crop, cutout=self.cutout)
@@ -166,6 +167,14 @@ RECIPES: dict[str, Recipe] = {
         replace(_R, name="digits", epochs=6, batch_size=100, lr=0.05, crop=1, flip=False, padding="zeros"),
     )
 }
+
+
+def recipe_in_words(written: dict[str, Any]) -> str:
+    """The name of a recipe as a run's file has it, and what differs from the one of that name."""
+    recipe = whole_recipe(written)
+    usual = RECIPES.get(recipe["name"], Recipe()).as_dict()
+    changed = [f"{option} {value}" for option, value in recipe.items() if option != "name" and value != usual[option]]
+    return f"{recipe['name']} ({', '.join(changed)})" if changed else str(recipe["name"])
 
 
 def get_recipe(name: str = "paper", **overrides: Any) -> Recipe:
