@@ -119,7 +119,10 @@ PROGRAMMES: dict[str, tuple[Cell, ...]] = {
         ["resnet18", "resnet18_noskip", "baseline_cnn_bn"], "r10", epochs=15, start_scale=1.0, alternate_flip=True
     ),
     "paper-short-cpu": cells(["resnet18", "resnet18_noskip"], "paper", epochs=5, clip_norm=0.0),
-    "init-cpu": (*cells(["resnet20"], "r26", epochs=10), *cells(["resnet20"], "r26", epochs=10, init="torch")),
+    "init-cpu": (
+        *cells(["resnet20"], "r26", seeds=2, epochs=10),
+        *cells(["resnet20"], "r26", seeds=2, epochs=10, init="torch"),
+    ),
     "recompressed-cpu": cells(["resnet20"], "r10", seeds=3, dataset="cifar10-recompressed"),
     "degradation-cpu": (*cells(plain_and_residual(20, 56), "r10"), *cells(plain_and_residual(20), "r10", seeds=3)[2:]),
     "degradation-float32-cpu": cells(plain_and_residual(20, 32, 44, 56), "r10"),  # by --precision float32
