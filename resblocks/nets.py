@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -432,15 +432,20 @@ def check_block(block: object, options: Iterable[str]) -> None:
     if isinstance(block, nn.Module) or not callable(block):
         raise ValueError(f"block must be a class or callable that makes blocks, got {block!r}")
     parameters = inspect.signature(block).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    own = options if takes_any and not is_ours(block) else parameters.keys() - {"in_channels", "out_channels", "stride"}
-    refuse_foreign(ResNet, [name for name in options if name not in {*own, *DILATIONS}], NetOptions.__annotations__)
+    known = {*parameters, *DILATIONS} - {"in_channels", "out_channels", "stride"}
+    if is_ours(block) or not takes_any(parameters):
+        refuse_foreign(ResNet, [name for name in options if name not in known], NetOptions.__annotations__)
     for name in DILATIONS:
         if name in options:
             raise TypeError(
                 f"ResNet takes no {name}: output_stride decides that of each stage, partial(block, {name}=...) that "
                 f"of all blocks"
             )
+
+
+def takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether there is a `**options` among them."""
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def is_ours(block: Block) -> bool:
@@ -467,11 +472,10 @@ def taken_options(block: Block, name: str, options: dict[str, object]) -> dict[s
     But for `dims`, which says what stem and head are made for: who writes a block for 1D or 3D data knows it.
     """
     parameters = inspect.signature(block).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    takes_two = "first_dilation" in parameters or (takes_any and "dilation" not in parameters)
+    takes_two = "first_dilation" in parameters or (takes_any(parameters) and "dilation" not in parameters)
     if "first_dilation" in options and not takes_two:
         options = with_one_dilation(options)
-    if takes_any:
+    if takes_any(parameters):
         return options
     for option, value in options.items():
         if option not in (*parameters, "dims"):
