@@ -132,6 +132,7 @@ def test_interval_is_students(runs: Any) -> None:
     assert runs.interval(values) == f"{low:.2f} to {high:.2f}"
     assert runs.interval(values[:1]) == ""
     assert runs.interval([99.9, 99.8, 100.0]) == "99.65 to 100.00"  # no accuracy is above
+    assert runs.interval([17.0, 22.0]) == "0.00 to 51.27"  # nor below
 
 
 def test_numbers_have_two_digits_and_no_exponent(report: dict[str, Any]) -> None:

@@ -57,12 +57,12 @@ def mean_and_std(values: Sequence[float], digits: int) -> str:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Student's 95 % interval of the mean, cut at 100 %, which no accuracy exceeds; nothing for a single run."""
+    """Student's 95 % interval of the mean, cut at 0 and 100 %, which no accuracy exceeds; nothing for a single run."""
     if len(values) < 2:
         return ""
     quantile = require("scipy.stats", "scipy").t.ppf(0.975, len(values) - 1)
     mean, half = statistics.fmean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean - half:.2f} to {min(mean + half, 100.0):.2f}"
+    return f"{max(mean - half, 0.0):.2f} to {min(mean + half, 100.0):.2f}"
 
 
 def by_name(results: Sequence[Result]) -> list[list[Result]]:
