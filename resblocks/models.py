@@ -12,8 +12,9 @@ from typing import Any
 
 from resblocks.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, ResNeXtBlock, WideBlock
 from resblocks.checks import check_positive
-from resblocks.nets import BaselineCNN, Block, DenseNet, Network, ResNet
+from resblocks.nets import BaselineCNN, DenseNet, Network, ResNet
 from resblocks.options import NetOptions, refuse_unknown
+from resblocks.protocol import Block
 
 Build = Callable[..., Network]
 

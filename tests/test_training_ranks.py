@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,18 @@ def _plain_net() -> torch.nn.Module:
     return workers.tiny_net(norm=False, dropout=0.0)
 
 
-def test_two_ranks_equal_one_to_rounding(tmp_path: Path) -> None:
-    assert run(tmp_path / "one", make_net=_plain_net) == [0]
-    assert run(tmp_path / "two", make_net=_plain_net, ranks=2) == [0, 0]
-    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
+def _train_on_one_and_two(folder: Path, make_net: Callable[[], torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """The weights of two ranks, which are those of one."""
+    assert run(folder / "one", make_net=make_net) == [0]
+    assert run(folder / "two", make_net=make_net, ranks=2) == [0, 0]
+    one, two = (load_file(folder / name / "weights.safetensors") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
+    return two
+
+
+def test_two_ranks_equal_one_to_rounding(tmp_path: Path) -> None:
+    _train_on_one_and_two(tmp_path, _plain_net)
     one_run, two_run = (Result.read(tmp_path / name / "result.json") for name in ("one", "two"))
     for a, b in zip(one_run.epochs, two_run.epochs, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
@@ -83,11 +90,7 @@ class _Idle(torch.nn.Module):
 
 
 def test_weight_without_a_gradient_stays_on_two_ranks_as_on_one(tmp_path: Path) -> None:
-    assert run(tmp_path / "one", make_net=_Idle) == [0]
-    assert run(tmp_path / "two", make_net=_Idle, ranks=2) == [0, 0]
-    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
+    two = _train_on_one_and_two(tmp_path, _Idle)
     assert torch.equal(two["idle"], torch.ones(3))
 
 
