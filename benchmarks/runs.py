@@ -29,7 +29,6 @@ PUBLISHED = ROOT / "tests" / "expected" / "cifar10.json"
 FIGURES = ROOT / "docs" / "figures"
 # The options of a run beside its recipe, as they are where a run does not say them.
 OPTIONS = {
-    "init": "he",
     "channels_last": True,
     "small_maps": False,
     "compile": None,

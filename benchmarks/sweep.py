@@ -25,8 +25,6 @@ from typing import Any
 import torch
 from recompress import recompressed
 
-from resblocks import draw_like_torch
-from resblocks.nets import Network
 from resblocks.training import Diverged, Ranks, Recipe, fit, get_recipe, load_dataset
 from resblocks.training.data import Dataset
 from resblocks.training.device import COMPILE_MODES, pick_device
@@ -42,44 +40,29 @@ PAPERS_NETS = ("resnet18", "resnet18_noskip", "baseline_cnn", "baseline_cnn_bn")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a net, a recipe with some of its values replaced, a seed, a data set, a rule for the first weights."""
+    """One run: a net, a recipe with some of its values replaced, a seed, a data set."""
 
     model: str
     recipe: str
     seed: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
     dataset: str = "cifar10"
-    init: str = "he"  # or "torch", as `draw_like_torch`
 
     @property
     def name(self) -> str:
         """Of the run's file and folder: unlike that of every other cell of a programme."""
         changed = [f"{option}-{value}" for option, value in self.overrides.items()]
-        drawn = [] if self.init == "he" else [f"init-{self.init}"]
-        return "_".join([self.model, self.recipe, *changed, *drawn, f"seed-{self.seed}"])
+        return "_".join([self.model, self.recipe, *changed, f"seed-{self.seed}"])
 
     def full_recipe(self) -> Recipe:
         return get_recipe(self.recipe, **self.overrides)
 
-    def net(self, dataset: Dataset) -> Network:
-        """With the weights that it starts from."""
-        net = build_net(self.model, dataset, self.seed)
-        if self.init == "torch":
-            net.init_weights(draw_like_torch)
-        return net
-
 
 def cells(
-    models: Sequence[str],
-    recipe: str,
-    *,
-    seeds: int = 1,
-    dataset: str = "cifar10",
-    init: str = "he",
-    **overrides: Any,
+    models: Sequence[str], recipe: str, *, seeds: int = 1, dataset: str = "cifar10", **overrides: Any
 ) -> tuple[Cell, ...]:
     """Every model with every seed, seed by seed, so that a sweep that is cut short has all models."""
-    return tuple(Cell(model, recipe, seed, overrides, dataset, init) for seed in range(seeds) for model in models)
+    return tuple(Cell(model, recipe, seed, overrides, dataset) for seed in range(seeds) for model in models)
 
 
 def plain_and_residual(*depths: int) -> list[str]:
@@ -92,8 +75,7 @@ PROGRAMMES: dict[str, tuple[Cell, ...]] = {
     "paper": cells(PAPERS_NETS, "paper", seeds=3, epochs=30, cutout=12),
     "paper-without-clipping": cells(PAPERS_NETS[:2], "paper", epochs=30, cutout=12, clip_norm=0.0),
     "recipes": (
-        *cells(["resnet18"], "r26", seeds=3, tta="flip"),
-        *cells(["resnet18"], "r26", seeds=3, tta="flip", init="torch"),  # as in the recipe's source
+        *cells(["resnet18_torchinit", "resnet18"], "r26", seeds=3, tta="flip"),  # the first as in the recipe's source
         *cells(["resnet18"], "r80", tta="flip"),
         *cells(["resnet18"], "cutout200"),
     ),
@@ -119,10 +101,7 @@ PROGRAMMES: dict[str, tuple[Cell, ...]] = {
         ["resnet18", "resnet18_noskip", "baseline_cnn_bn"], "r10", epochs=15, start_scale=1.0, alternate_flip=True
     ),
     "paper-short-cpu": cells(["resnet18", "resnet18_noskip"], "paper", epochs=5, clip_norm=0.0),
-    "init-cpu": (
-        *cells(["resnet20"], "r26", seeds=2, epochs=10),
-        *cells(["resnet20"], "r26", seeds=2, epochs=10, init="torch"),
-    ),
+    "init-cpu": cells(["resnet20", "resnet20_torchinit"], "r26", seeds=2, epochs=10),  # by --precision float32
     "recompressed-cpu": cells(["resnet20"], "r10", seeds=3, dataset="cifar10-recompressed"),
     "degradation-cpu": (*cells(plain_and_residual(20, 56), "r10"), *cells(plain_and_residual(20), "r10", seeds=3)[2:]),
     "degradation-float32-cpu": cells(plain_and_residual(20, 32, 44, 56), "r10"),  # by --precision float32
@@ -139,13 +118,12 @@ def load(name: str, data_dir: Path) -> Dataset:
 
 def run_cell(cell: Cell, dataset: Dataset, file: Path, work: Path, ranks: Ranks, options: dict[str, Any]) -> bool:
     """Train, evaluate and write one cell; False where the loss diverged, which is written down as well."""
-    net = cell.net(dataset)
+    net = build_net(cell.model, dataset, cell.seed)
     recipe, failure = cell.full_recipe(), None
     try:
         result = fit(
             net, dataset, recipe, out=work / cell.name, name=cell.model, seed=cell.seed, ranks=ranks, **options
         ).as_dict()
-        result["settings"]["init"] = cell.init
     except Diverged as error:
         failure = str(error)
         made_with = environment(
@@ -167,7 +145,6 @@ def wanted(cell: Cell, dataset: Dataset) -> dict[str, Any]:
         "dataset": {"name": dataset.name, "split": dataset.split},
         "recipe": cell.full_recipe().as_dict(),
         "seed": cell.seed,
-        "init": cell.init,
     }
 
 
@@ -180,7 +157,7 @@ def is_finished(file: Path, cell: Cell, dataset: Dataset) -> bool:
     if not file.exists():
         return False
     try:
-        settings = {"init": "he"} | json.loads(file.read_text(encoding="utf-8"))["settings"]  # older runs do not say
+        settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
         found = {name: settings[name] for name in wanted(cell, dataset)}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}): remove it, and the run is made again") from error
@@ -242,7 +219,7 @@ def main() -> int:
     left = ranks.first(lambda: list(unfinished(options.programmes, options.only, datasets, options.results)))
     with torch.device("meta"):
         for cell, _ in left:  # a name that is wrong is found before hours of training
-            cell.net(datasets[cell.dataset])
+            build_net(cell.model, datasets[cell.dataset])
     how = {name: getattr(options, name) for name in ("device", "precision", "compile", "compile_mode", "graph")}
     fine = []
     for cell, file in left:

@@ -166,7 +166,6 @@ def test_runs_of_different_recipes_are_in_different_tables(runs: Any) -> None:
 @pytest.mark.parametrize(
     ("where", "option", "value", "said"),
     [
-        ("settings", "init", "torch", "init torch"),
         ("settings", "channels_last", False, "channels_last False"),
         ("settings", "small_maps", True, "`--small-maps`"),
         ("environment", "compile", "default", "compile default"),

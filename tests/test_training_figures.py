@@ -45,6 +45,15 @@ def test_variants_are_the_papers_nets(variant: str, params: int) -> None:
         assert sum(weight.numel() for weight in build_net(variant, data).parameters()) == params
 
 
+@pytest.mark.parametrize(("suffix", "shortcuts"), [("", True), ("_noskip", False)])
+def test_torchinit_draws_convolutions_as_torch_does(suffix: str, shortcuts: bool) -> None:
+    usual, like_torch = (build_net(f"resnet20{start}{suffix}", tiny_dataset()) for start in ("", "_torchinit"))
+    largest = [net.stages[0][0].branch.conv1.weight.abs().max() for net in (usual, like_torch)]
+    assert largest[0] > 0.2
+    assert largest[1] <= (16 * 9) ** -0.5
+    assert like_torch.stages[0][0].skip is shortcuts
+
+
 @pytest.mark.parametrize(("size", "kernel"), [((64, 64), 3), ((64, 65), 7)])
 def test_images_of_at_most_64_pixels_get_the_stem_of_cifar(size: tuple[int, int], kernel: int) -> None:
     images, labels = torch.zeros(1, 3, *size, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
@@ -207,6 +216,7 @@ def test_paper_is_shown_beside_its_test_set_alone(
     ("name", "words"),
     [
         ("resnet18_noskip", "ResNet-18 without skips"),
+        ("resnet20_torchinit_noskip", "ResNet-20 from torch's draw without skips"),
         ("baseline_cnn_bn", "Baseline CNN with batch norm"),
         ("baseline_cnn_20", "Baseline CNN-20"),
         ("preact_resnet110", "Pre-activation ResNet-110"),

@@ -46,8 +46,8 @@ class Config:
 
 
 HELP = {
-    "models": "names of resblocks.list_models(); append _noskip for the net without skips, _bn for the baseline with "
-    "batch norm; images of at most 64 pixels get the CIFAR stem",
+    "models": "names of resblocks.list_models(); append _torchinit for convolutions as torch draws them, then _noskip "
+    "for the net without skips, _bn for the baseline with batch norm; images of at most 64 pixels get the CIFAR stem",
     "dataset": "data set; folder is any tree train/<class>/, test/<class>/",
     "data_dir": "archive or folder of the images",
     "validation": "number of training images to hold out and evaluate on, for selection; 0: the test set",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from resblocks import Network, create_model
+from resblocks import Network, create_model, draw_like_torch
 
 from .data import Dataset
 from .figures import draw_figures
@@ -39,8 +39,8 @@ def build_net(variant: str, dataset: Dataset, seed: int = 0) -> Network:
     Images of at most 64 pixels a side get the CIFAR stem, larger ones the net's own.
 
     Args:
-        variant: a name of `resblocks.list_models()`, with "_noskip" behind it for the net without skips, or "_bn" for
-            batch norm in the baseline.
+        variant: a name of `resblocks.list_models()`; "_torchinit" behind it draws the convolutions as torch does
+            (`resblocks.draw_like_torch`); last, "_noskip" takes the skips out, "_bn" gives the baseline batch norm.
 
     Raises:
         ValueError: no skips to take out, a net that is no baseline with "_bn", a seed of more than 64 bits; what
@@ -61,7 +61,10 @@ def build_net(variant: str, dataset: Dataset, seed: int = 0) -> Network:
         if not name.startswith("baseline_cnn"):
             raise ValueError(f"_bn gives baseline_cnn its batch norm, and is for no other net, got {variant}")
     torch.manual_seed(seed)
-    return create_model(name, **options)
+    net = create_model(name.removesuffix("_torchinit"), **options)
+    if name.endswith("_torchinit"):
+        net.init_weights(draw_like_torch)
+    return net
 
 
 def run_variants(

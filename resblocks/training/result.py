@@ -22,6 +22,7 @@ TITLES = {  # as the papers write the names
     r"^resnext(\d+)_(\d+x\d+d)": r"ResNeXt-\1, \2",
     r"^densenet_bc_(\d+)_(\d+)": r"DenseNet-BC (L=\1, k=\2)",
     r"^densenet_(\d+)_(\d+)": r"DenseNet (L=\1, k=\2)",
+    r"_torchinit": " from torch's draw",
     r"_noskip": " without skips",
     r"_bn$": " with batch norm",
 }
