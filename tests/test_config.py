@@ -250,6 +250,27 @@ def test_saved_net_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_repository_without_safetensors_is_as_strict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    net = rb.create_model("resnet20").eval()
+    save_pretrained(net, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+
+    def download(repo_id: str, filename: str, **options: Any) -> str:
+        if not (tmp_path / filename).exists():
+            raise hub.errors.LocalEntryNotFoundError(filename)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(hub.hub_mixin, "hf_hub_download", download)
+    torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(from_pretrained("me/resnet20")(x), net(x))
+    torch.save({"other": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="source"):
+        from_pretrained("me/resnet20")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_saved_net_with_a_missing_weight_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     torch_files = pytest.importorskip("safetensors.torch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -246,9 +247,55 @@ class _Payload:
 
 def test_file_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"weight": _Payload()}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"must hold tensors and plain types alone, 'weights\.pt' holds also print"):
+    with pytest.raises(
+        ValueError, match=r"must hold tensors and plain types alone, 'weights\.pt' would call print when"
+    ):
         read(tmp_path / "weights.pt")
     assert "never run" not in capsys.readouterr().out
+
+
+class _Command:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("echo this must never run",))
+
+
+def test_file_that_would_run_a_command_is_not_recommended(tmp_path: Path) -> None:
+    torch.save({"weight": _Command()}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"would call (posix|nt)\.system when it is loaded.*: do not load it$"):
+        read(tmp_path / "weights.pt")
+
+
+def test_page_in_place_of_a_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_text("<html>404</html>")
+    with pytest.raises(ValueError, match=r"'weights\.pt' is no file of torch\.save: was something else downloaded"):
+        read(tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("content", ["", "<html>404</html>", "cut"])
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_file_that_is_not_whole_is_named(kind: str, content: str, tmp_path: Path) -> None:
+    file = tmp_path / f"weights.{kind}"
+    net = create_model("resnet20")
+    torch.save(net.state_dict(), file) if kind == "pt" else safetensors.save_file(net.state_dict(), file)
+    file.write_bytes(file.read_bytes()[:-1000] if content == "cut" else content.encode())
+    with pytest.raises(ValueError, match=rf"^a file of weights must .*'weights\.{kind}'"):
+        load(net, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"),
+    [
+        (1, torch.zeros(2), "source must hold tensors by name, got Tensor under 1"),
+        ("fc.bias", torch.zeros(2, device="meta"), "dense tensors with values, got a meta one under 'fc.bias'"),
+        ("fc.bias", torch.zeros(2).to_sparse(), "dense tensors with values, got a torch.sparse_coo one under"),
+    ],
+)
+def test_odd_source_is_refused_as_a_whole(name: Any, tensor: torch.Tensor, said: str) -> None:
+    net, source = create_model("resnet18", num_classes=2), torchvision_net(2).state_dict()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match=said):
+        load(net, source | {name: tensor})
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize("what", ["model", "args"])

@@ -132,6 +132,33 @@ def test_name_says_what_the_images_went_through(kind: str, name: str, tmp_path: 
     assert (data.name, data.classes) == (name, CIFAR_CLASSES)
 
 
+def test_what_is_no_image_may_be_of_any_size(tmp_path: Path) -> None:
+    tree = _write_tree(tmp_path / "pets")
+    (tree / "all.zip").touch()
+    os.truncate(tree / "all.zip", 2**43)
+    assert len(load_folder(tree, cache_dir=tmp_path / "cache").train_images) == 6
+
+
+def test_images_of_several_sizes_are_seen_before_all_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, opened = _write_tree(tmp_path / "pets", count=9), []
+    Image.new("RGB", (9, 9)).save(tree / "test" / "cat" / "0001.png")
+    open_image = sources.open_image
+    monkeypatch.setattr(sources, "open_image", lambda *args: opened.append(args) or open_image(*args))
+    with pytest.raises(RuntimeError, match="must have one size"):
+        load_folder(tree, cache_dir=tmp_path / "cache")
+    assert len(opened) == 2
+
+
+def test_archive_that_says_a_file_is_larger_than_the_memory_is_named(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("train/cat/0.png")
+    member.size = 2**43
+    (tmp_path / "pets.tar").write_bytes(member.tobuf())
+    with pytest.raises(RuntimeError, match=r"train/cat/0\.png says it is larger than the memory: get it again"):
+        load_folder(tmp_path / "pets.tar", cache_dir=tmp_path / "cache")
+
+
 def test_images_of_another_size_are_not_cifar(tmp_path: Path) -> None:
     tree = _write_tree(tmp_path / "tree", CIFAR_CLASSES)
     with pytest.raises(RuntimeError, match=r"images of \(3, 8, 6\), those of CIFAR-10 are \(3, 32, 32\).*folder"):
@@ -191,6 +218,38 @@ def test_every_orientation_is_that_of_pillow(orientation: int) -> None:
 )
 def test_image_becomes_grey_or_coloured(mode: str, becomes: str) -> None:
     assert sources.plain(Image.new(mode, (2, 3))).mode == becomes
+
+
+def test_archive_with_dots_in_its_names_is_read_whole(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "pets.tar", "w") as archive:
+        archive.add(_write_tree(tmp_path / "pets"), "data/../pets")
+    assert len(load_folder(tmp_path / "pets.tar", cache_dir=tmp_path / "cache").train_images) == 6
+
+
+def test_archive_that_was_appended_to_counts_as_it_ends(tmp_path: Path) -> None:
+    archive = _archive(_write_tree(tmp_path / "old"), tmp_path / "pets.tar", "w")
+    _archive(_write_tree(tmp_path / "new", size=(4, 5)), archive, "a")
+    assert load_folder(archive, cache_dir=tmp_path / "cache").shape == (3, 5, 4)
+
+
+def test_links_in_a_ring_are_named(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "pets.tar", "w") as archive:
+        for name, target in (("1.png", "2.png"), ("2.png", "1.png")):
+            member = tarfile.TarInfo(f"train/cat/{name}")
+            member.type, member.linkname = tarfile.SYMTYPE, target
+            archive.addfile(member)
+    with pytest.raises(RuntimeError, match=r"train/cat/1\.png in .* links to 2\.png, which is no file of the archive"):
+        load_folder(tmp_path / "pets.tar", cache_dir=tmp_path / "cache")
+
+
+def test_archive_that_changes_while_it_is_read_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _archive(_write_tree(tmp_path / "first"), tmp_path / "pets.tar", "w")
+    second = _archive(_write_tree(tmp_path / "second", ("x", "y")), tmp_path / "new.tar", "w")
+    decode = sources._decode
+    monkeypatch.setattr(sources, "_decode", lambda path: decode(second.replace(path)))
+    with pytest.warns(UserWarning, match=r"are not kept: .*pets\.tar changed while it was read"):
+        load_folder(first, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_files_that_are_left_out_are_said(tmp_path: Path) -> None:
@@ -269,14 +328,16 @@ def test_what_killed_writers_left_in_the_cache_goes_after_an_hour(tmp_path: Path
     cache = tmp_path / "cache"
     cache.mkdir()
     for name, age in {
-        ".tmp-1-a.safetensors": 4000,
-        ".tmp-2-b.safetensors.sha256": 4000,
-        ".tmp-3-c.safetensors": 0,
+        f".tmp-{'1' * 16}-a.safetensors": 4000,
+        f".tmp-{'2' * 16}-b.safetensors.sha256": 4000,
+        f".tmp-{'3' * 16}-c.safetensors": 0,
+        ".tmp-notes.txt": 4000,
     }.items():
         (cache / name).write_text("")
         os.utime(cache / name, (time.time() - age,) * 2)
     load_folder(_write_tree(tmp_path / "pets"), cache_dir=cache)
-    assert [path.name for path in cache.glob(".tmp-*")] == [".tmp-3-c.safetensors"]
+    left = {path.name for path in cache.glob(".tmp-*")}
+    assert left == {f".tmp-{'3' * 16}-c.safetensors", ".tmp-notes.txt"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any bytes")
@@ -325,6 +386,14 @@ def _deep_colours(kind: int, channels: int, tree: Path) -> None:
     (tree / "train" / "dog" / "0001.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
 
 
+def _postscript(tree: Path) -> None:
+    (tree / "train" / "dog" / "0001.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 8\nshowpage\n")
+
+
+def _endless(tree: Path) -> None:
+    os.truncate(tree / "train" / "dog" / "0001.png", 2**43)
+
+
 def _second_place(tree: Path) -> None:
     _write_tree(tree / "backup")
 
@@ -347,6 +416,8 @@ def _broken_image(tree: Path) -> None:
         (_deep_image, "dog/0001.png is not an image that can be used .its pixels have more than 8 bits, mode I;16"),
         (partial(_deep_colours, 2, 3), "dog/0001.png is not an image .*more than 8 bits, mode RGB;16B"),
         (partial(_deep_colours, 4, 2), "dog/0001.png is not an image .*more than 8 bits, mode LA;16B"),
+        (_postscript, r"dog/0001.png is not an image that can be used \(cannot identify"),  # nor is it run
+        (_endless, "dog/0001.png says it is larger than the memory"),
         (_second_place, r"holds train/ and test/ in more than one place \(., backup\)"),
     ],
 )

@@ -212,6 +212,12 @@ def test_paper_is_shown_beside_its_test_set_alone(
     assert ("89.9" in capsys.readouterr().out) is shown
 
 
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    result = _made_up("us$_{x$", 0)
+    result.settings["dataset"]["name"] = "$\\bad$"
+    assert draw_figures([result], tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -407,7 +407,7 @@ def test_infinite_mask_is_no_divergence(tmp_path: Path) -> None:
     assert len(tiny_fit(tmp_path, net).epochs) == 2
 
 
-@pytest.mark.parametrize("device", ["gpu", "meta"])
+@pytest.mark.parametrize("device", ["gpu", "meta", "mps"])
 def test_device_that_cannot_be_is_named(tmp_path: Path, device: str) -> None:
     with pytest.raises(ValueError, match=f"device must be .*, got '{device}'"):
         tiny_fit(tmp_path, device=device)

@@ -216,6 +216,17 @@ def test_silence_must_have_an_end(seconds: float) -> None:
         Ranks.from_env(seconds)
 
 
+@pytest.mark.parametrize(("nccl", "backend"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_gpus_need_no_nccl(nccl: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: nccl)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, timeout: asked.append(backend))
+    Ranks.from_env()
+    assert asked == [backend]
+
+
 def test_error_of_the_first_rank_reaches_all(tmp_path: Path) -> None:
     with FolderLock(tmp_path):
         assert run(tmp_path, ranks=2) == [1, 1]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
 import itertools
 import json
 import os
 import pickle
-import resource
 import signal
 import stat
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from resblocks.training import FolderLock, Result, folder, load_checkpoint, load
 from resblocks.training.checkpoint import digest_path, list_checkpoints
 from resblocks.training.files import write_atomic, write_digested
 
+resource = pytest.importorskip("resource", reason="limits of POSIX")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and resource limits of POSIX")
 FIT = sys.modules["resblocks.training.fit"]  # the module, whose name is that of its function
 
@@ -200,6 +202,29 @@ def test_full_disk_keeps_what_was_there(unbroken: bytes, tmp_path: Path) -> None
     assert not list(tmp_path.glob(".tmp-*"))
     assert run(tmp_path) == [0]
     assert weights_of(tmp_path) == unbroken
+
+
+@pytest.mark.parametrize("name", ["step000000001-epoch00000-keep.pt", "step_best-epoch1.pt", "steps-epoch2.pt"])
+def test_checkpoint_that_a_user_keeps_is_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    for step in (1, 2, 3):
+        assert save_checkpoint(tmp_path, {"step": step}, step=step, epochs_done=0).exists()
+    assert len(list_checkpoints(tmp_path)) == 2
+    assert load_checkpoint(tmp_path) == (list_checkpoints(tmp_path)[-1], {"step": 3})
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_writers_of_one_process_number_do_not_meet(tmp_path: Path) -> None:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        written = [pool.submit(write_atomic, tmp_path / "file", "same") for _ in range(40)]
+    assert not [error for one in written if (error := one.exception()) is not None]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_digest_names_its_file_in_any_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    western = partial(Path.open, encoding="cp1252")
+    monkeypatch.setattr(Path, "read_text", lambda path: western(path).read())
+    write_digested(tmp_path / "\u0410\u0432\u0442\u043e\u0433\u043e\u043d\u043a\u0438", b"data")
 
 
 def test_checkpoint_holds_tensors_and_plain_types(tmp_path: Path) -> None:
@@ -564,6 +589,17 @@ def test_lock_file_of_a_dead_run_does_not_count(content: str, tmp_path: Path) ->
     (tmp_path / "lock").write_text(content)
     with FolderLock(tmp_path) as lock:
         assert lock.path.read_text().startswith(f"process {os.getpid()} on ")
+
+
+@pytest.mark.parametrize("name", ["lock", "log.jsonl"])
+def test_link_in_a_folder_of_others_does_not_lead_out_of_it(name: str, tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(thesis)
+    with pytest.raises(RuntimeError, match="symbolic links"):
+        tiny_fit(tmp_path / "run")
+    assert thesis.read_text() == "precious"
 
 
 def test_folder_on_a_file_system_without_locks_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

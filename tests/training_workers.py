@@ -6,7 +6,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import resource
 import signal
 import socket
 import sys
@@ -25,14 +24,15 @@ from resblocks.training import Dataset, Ranks, Recipe, fit
 from resblocks.training.loop import Loop
 
 # Workers are forked from a server that has imported torch but never used it: quick, and safe for autograd and OpenMP.
-CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 _LAZY = [
     "torch._dynamo",
     "torch.distributed",
     "safetensors.torch",
     "torch.nn.parallel.distributed",
 ]  # torch imports these late
-CONTEXT.set_forkserver_preload(["resblocks.training", "resblocks.diagnostics", *_LAZY])
+if os.name == "posix":
+    CONTEXT.set_forkserver_preload(["resblocks.training", "resblocks.diagnostics", *_LAZY])
 
 RECIPE = Recipe(name="tiny", epochs=2, batch_size=16, lr=0.05, crop=1, cutout=2)
 STEPS = 10  # two epochs of five
@@ -136,6 +136,8 @@ def kill_in_write(call: int, moment: str) -> None:
 
 def full_disk(limit: int) -> None:
     """No file may grow beyond `limit` bytes: the same error path as a full disk."""
+    import resource  # POSIX has it
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 

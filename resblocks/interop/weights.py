@@ -277,15 +277,18 @@ def unpacked(given: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
     return given, notes
 
 
-def plain_names(given: Mapping[str, Any]) -> dict[str, Tensor]:
+def plain_names(given: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Tensors under their names without those of wrappers.
 
     Raises:
         ValueError: something other than tensors by name.
     """
     for key, value in given.items():
-        if not isinstance(value, Tensor):
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
             raise ValueError(f"source must hold tensors by name, got {type(value).__name__} under {key!r}")
+        if value.is_meta or value.is_nested or value.layout is not torch.strided:
+            kind = "meta" if value.is_meta else "nested" if value.is_nested else value.layout
+            raise ValueError(f"source must hold dense tensors with values, got a {kind} one under {key!r}")
     # Names of torch.compile, and the count of an AveragedModel.
     given = {key.replace("_orig_mod.", ""): tensor for key, tensor in given.items() if key != "n_averaged"}
     prefix = "module." if all(key.startswith("module.") for key in given) else ""  # of data-parallel wrappers
@@ -372,23 +375,46 @@ def _hint(key: str, in_channels: int = 0) -> str:
 
 def _read_file(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
+        return _read_safetensors(path)
     if path.suffix not in (".pt", ".pth", ".ckpt", ".bin", ".tar"):
         raise ValueError(f"a file of weights must be .safetensors, .pt, .pth, .ckpt, .bin or .tar, got {path.name!r}")
     try:
         given: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        held = f"also {found[1]}" if found else "no such file"
         raise ValueError(
-            f"a file of weights must hold tensors and plain types alone, {path.name!r} holds {held}: where you trust "
-            f"it, hand over what torch.load({path.name!r}, weights_only=False) gives"
+            f"a file of weights must hold tensors and plain types alone, {path.name!r} {_what_it_holds(path, error)}"
         ) from error
+    except (EOFError, RuntimeError, LookupError, ValueError) as error:
+        raise ValueError(_not_whole(path, error)) from error
     if not isinstance(given, Mapping):
         raise ValueError(f"a file of weights must hold tensors by name, got {type(given).__name__} in {path.name!r}")
     return given
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(_not_whole(path, error)) from error
+
+
+def _not_whole(path: Path, error: Exception) -> str:
+    reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__  # torch goes on with unsafe advice
+    return f"a file of weights must be whole, {path.name!r} cannot be read ({reason})"
+
+
+def _what_it_holds(path: Path, error: pickle.UnpicklingError) -> str:
+    """In words what torch found in a file that it did not load."""
+    # Builtins come without a module.
+    if call := re.search(r"GLOBAL (?:(\S+) whose module \S+ is blocked|(\w+) was not)", str(error)):
+        return f"would call {call[1] or call[2]} when it is loaded, as no weights do: do not load it"
+    if other := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        advice = f"hand over what torch.load({path.name!r}, weights_only=False) gives"
+        return f"holds also {other[1]}: where you trust it, {advice}"
+    return "is no file of torch.save: was something else downloaded, such as a page or a pointer of Git LFS?"
 
 
 def _plain_dense_name(key: str) -> str:

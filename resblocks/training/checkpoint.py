@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ def checkpoint_path(folder: Path, step: int, epochs_done: int) -> Path:
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """Oldest first, sound or not."""
-    return sorted(Path(folder).glob("step*-epoch*.pt"))
+    """Oldest first, sound or not; no files but those of `checkpoint_path`, since the old ones of them are deleted."""
+    return sorted(path for path in Path(folder).glob("step*.pt") if re.fullmatch(r"step\d{9,}-epoch\d{5,}", path.stem))
 
 
 def has_checkpoint(folder: str | Path) -> bool:

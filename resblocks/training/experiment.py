@@ -139,13 +139,13 @@ def run_experiment(
         results, failed = error.results, error
     if ranks.is_first and results:
         write_results(Path(out) / "results.json", results)
-        figures = draw_figures(results, out, formats)
         words = recipe_in_words(recipe.as_dict())
         about = f"last of {recipe.epochs} epochs, recipe {words}, TTA {recipe.tta}"
         seeds = seeds_in_words((result.name, result.settings["seed"]) for result in results)
         print(f"\n{dataset.name}, {dataset.split} set, {about}, {seeds}\n")
         is_papers = dataset.split == "test" and dataset.name.partition(" ")[0] == "CIFAR-10"
         print(results_table(results, on_cifar10=is_papers))
+        figures = draw_figures(results, out, formats)
         print(f"\n{Path(out) / 'results.json'} and {len(figures)} figures in {out}")
     if failed:
         raise failed

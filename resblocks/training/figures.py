@@ -207,8 +207,13 @@ def _looks(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
             color, marker = _OTHERS[others.index(name.removesuffix("_noskip")) % len(_OTHERS)]
             look = {"color": color, "marker": marker, "linestyle": "-"}
             look |= {"linestyle": "--", "markerfacecolor": "white"} if name.endswith("_noskip") else {}
-        looks[name] = {**look, "label": title(name)}
+        looks[name] = {**look, "label": _no_formula(title(name))}
     return looks
+
+
+def _no_formula(text: str) -> str:
+    """For matplotlib, which takes what stands between two dollar signs for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _whole_numbers(axes: Any) -> None:
@@ -221,7 +226,8 @@ def _finish(figure: Any, axes: Any, results: Sequence[Result]) -> Any:
     columns = 4 if sum(map(len, labels[:4])) <= 66 else 2  # as many letters as fit beside four lines
     figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels)), handlelength=3)
     seeds = seeds_in_words((result.name, result.settings["seed"]) for result in results)
-    figure.supxlabel(f"{_about(results[0])}, {seeds}", fontsize=7, color="#555555", x=0.99, ha="right")
+    about = _no_formula(f"{_about(results[0])}, {seeds}")
+    figure.supxlabel(about, fontsize=7, color="#555555", x=0.99, ha="right")
     return figure
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TextIO
 
-_TEMPORARY = ".tmp-"  # prefix of files under way; what a killed writer left is found, and removed, by it
+_TEMPORARY = ".tmp-"  # prefix of files under way
+LEFTOVERS = f"{_TEMPORARY}{'[0-9a-f]' * 16}-*"  # what killed writers left; names of others are not like that
 
 
 def sha256(data: bytes | memoryview | Path) -> str:
@@ -54,11 +55,12 @@ def write_atomic(path: str | Path, data: bytes | memoryview | str) -> None:
         RuntimeError: the disk is full or not writable; what `path` held before is unharmed.
     """
     path = Path(path)
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    # A name of chance: in containers that share a volume, all processes may have the number 1.
+    temporary = path.with_name(f"{_TEMPORARY}{os.urandom(8).hex()}-{path.name}")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
                 file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -66,6 +68,11 @@ def write_atomic(path: str | Path, data: bytes | memoryview | str) -> None:
             _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)  # it has gone where the rename was reached
+
+
+def no_link(path: str, flags: int) -> int:
+    """For the argument `opener` of `open`: a link in a folder from elsewhere must not lead out of it."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -116,8 +123,8 @@ def is_intact(path: Path) -> bool:
         RuntimeError: they cannot be read, which says nothing about what they hold.
     """
     try:
-        return digest_path(path).read_text().split()[:1] == [sha256(path)]
-    except (FileNotFoundError, UnicodeDecodeError):
+        return digest_path(path).read_bytes().split()[:1] == [sha256(path).encode()]
+    except FileNotFoundError:
         return False
     except OSError as error:
         raise RuntimeError(
@@ -127,7 +134,7 @@ def is_intact(path: Path) -> bool:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of writers that were killed; call it only while holding the folder's lock."""
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
+    for leftover in folder.glob(LEFTOVERS):
         leftover.unlink(missing_ok=True)
 
 
@@ -157,7 +164,7 @@ class FolderLock:
     def acquire(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("a+")
+            file = open(self.path, "a+", encoding="utf-8", opener=no_link)  # noqa: SIM115
         except OSError as error:
             raise RuntimeError(f"{self.path.parent} cannot be an output folder: {error.strerror or error}") from error
         try:

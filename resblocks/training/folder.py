@@ -147,7 +147,7 @@ def check_settings(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"out: {out} holds a run but no run.json, so whose it is is not known: choose another --out")
     try:
-        written = json.loads(path.read_text())
+        written = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(written, dict):
             raise ValueError("it holds no settings")
     except ValueError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .extras import require
-from .files import writing
+from .files import no_link, writing
 
 
 class RunLog:
@@ -26,7 +26,7 @@ class RunLog:
             board = require("torch.utils.tensorboard", "tensorboard", "tensorboard").SummaryWriter
             self._board = board(folder, purge_step=0)  # hides what was there: `catch_up` writes all of it
         with writing(self._path):
-            self._file = self._path.open("a") if active else None
+            self._file = open(self._path, "a", encoding="utf-8", opener=no_link) if active else None  # noqa: SIM115
         if self._file is not None and not _ends_in_newline(self._path):
             self._file.write("\n")  # a line that a kill tore does not take the next one with it
         self._talks = active and progress

@@ -41,7 +41,8 @@ class Ranks:
         if not 0 < timeout_seconds < math.inf:
             raise ValueError(f"timeout_seconds must be positive and finite, got {timeout_seconds}")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            has_nccl = torch.cuda.is_available() and dist.is_nccl_available()  # torch for Windows comes without
+            backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
         return cls()
 

@@ -117,7 +117,7 @@ class Result:
         Raises:
             ValueError, TypeError: it is damaged.
         """
-        result = cls(**json.loads(Path(path).read_text()))
+        result = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         if not result.epochs:
             raise ValueError(f"{path} holds no epochs")
         return result

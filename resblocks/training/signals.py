@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -40,7 +39,7 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number:
             self._restore()
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         self.number = number
 
     def _restore(self) -> None:

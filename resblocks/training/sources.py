@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
 import pickle
+import posixpath
 import re
 import tarfile
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,12 +26,14 @@ from einops import rearrange
 from torch import Tensor
 
 from .extras import require
-from .files import _TEMPORARY, is_intact, sha256, write_digested
+from .files import LEFTOVERS, is_intact, sha256, write_digested
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+# What Pillow may take a file for, whatever its name says: others of its readers start programs (PostScript's).
+_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "GIF", "TIFF")
 _PARTS = ("train", "test")
 _DECODER = 2  # to be raised where other images or pixels come out of the same files: what is cached is decoded again
-_DAMAGED = (tarfile.ReadError, EOFError, lzma.LZMAError, zlib.error, OSError)
+_DAMAGED = (tarfile.ReadError, EOFError, lzma.LZMAError, zlib.error, OSError, ValueError, OverflowError)
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # train images and labels, test images and labels
 
 
@@ -44,30 +48,47 @@ def stem(path: Path) -> str:
     return name.encode(errors="replace").decode()
 
 
-def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+def members(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[tuple[PurePosixPath, bytes | None]]:
     """The files of a folder or of a tar archive, in sorted or archive order; nothing is unpacked to the disk.
 
+    Those that are not wanted come without their content, which may be any size.
+
     Raises:
-        RuntimeError: the archive is truncated or damaged, or holds a link to what is no file of it.
+        RuntimeError: the archive is truncated or damaged, or holds a link to what is no file of it; a wanted file is
+            larger than the memory.
     """
     if path.is_dir():
         for file in _files(path):
-            yield PurePosixPath(file.relative_to(path).as_posix()), file.read_bytes()
+            name = PurePosixPath(file.relative_to(path).as_posix())
+            with _in_memory(file):
+                content = file.read_bytes() if wanted(name) else None
+            yield name, content
         return
     try:
         with tarfile.open(path) as archive:
             for member in archive:
                 if member.isfile() or member.islnk() or member.issym():
-                    yield PurePosixPath(member.name), _content(path, archive, member)
+                    name = PurePosixPath(posixpath.normpath(member.name))
+                    with _in_memory(path / name):
+                        content = _content(path, archive, member) if wanted(name) else None
+                    yield name, content
     except _DAMAGED as error:
         raise RuntimeError(f"{path} is truncated or damaged ({error}): get it again") from error
+
+
+@contextlib.contextmanager
+def _in_memory(name: Path) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise RuntimeError(f"{name} says it is larger than the memory: get it again or remove it") from error
 
 
 def _content(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     """Of a file, or of the file in the archive that a link leads to."""
     try:
         content = archive.extractfile(member)
-    except KeyError:
+    except (KeyError, RecursionError):  # the second: links in a ring
         content = None
     if content is None:
         raise RuntimeError(
@@ -142,8 +163,8 @@ class Official:
         source = self._torchvision()
         train, test, wanted = dict(source.train_list), dict(source.test_list), self._wanted()
         content: dict[str, Any] = {}
-        for name, data in members(path):
-            if name.name in wanted:
+        for name, data in members(path, lambda name: name.name in wanted):
+            if data is not None:
                 # MD5 guards against damage; pickle is loaded only for bytes that are the published ones.
                 if hashlib.md5(data, usedforsecurity=False).hexdigest() != wanted[name.name]:
                     raise RuntimeError(
@@ -218,9 +239,9 @@ def read_tree(path: Path, cache_dir: str | Path | None = None) -> Tree:
             f"{path} is neither a folder nor a tar archive: --data-dir needs train/<class>/ and test/<class>/ images"
         )
     safetensors = require("safetensors.torch")
-    name = f"{stem(path)}-{_content_key(path)[:16]}-{_DECODER}.safetensors"
+    key = _content_key(path)
     try:
-        cached = _cache_folder(cache_dir) / name
+        cached = _cache_folder(cache_dir) / f"{stem(path)}-{key[:16]}-{_DECODER}.safetensors"
         is_there = cached.exists()
         is_sound = is_there and is_intact(cached)
     except (RuntimeError, OSError) as error:  # no home, or a folder that may not be searched
@@ -231,6 +252,9 @@ def read_tree(path: Path, cache_dir: str | Path | None = None) -> Tree:
     if is_there:
         warnings.warn(f"{cached} is damaged and is made anew", stacklevel=2)
     tree = _decode(path)
+    if _content_key(path) != key:
+        warnings.warn(f"the decoded images are not kept: {path} changed while it was read", stacklevel=2)
+        return tree
     about = json.dumps({"classes": tree.classes, "encoding": tree.encoding}).encode()
     names = ("train_images", "train_labels", "test_images", "test_labels")
     packed = {
@@ -247,7 +271,7 @@ def read_tree(path: Path, cache_dir: str | Path | None = None) -> Tree:
 
 def _remove_leftovers(cache: Path) -> None:
     """Remove what writers left that were killed; others may be writing, but none for an hour."""
-    for leftover in cache.glob(f"{_TEMPORARY}*.safetensors*"):
+    for leftover in cache.glob(LEFTOVERS):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 3600:
                 leftover.unlink()
@@ -278,14 +302,14 @@ def _content_key(path: Path) -> str:
 def _decode(path: Path) -> Tree:
     images: dict[PurePosixPath, Tensor] = {}
     encoding, others = None, []
-    for name, data in members(path):
-        # train/<class>/<image>, in the archive perhaps under a folder of its own
-        if any(part.startswith(".") for part in name.parts):  # hidden, such as the ._1.jpg beside 1.jpg of macOS
+    for name, data in members(path, _is_image_of_tree):
+        if data is None:
+            others += [name] if {*_PARTS} & {*name.parts[:-1]} and not _is_hidden(name) else []
             continue
-        if name.suffix.lower() not in _IMAGES or len(name.parts) < 3 or name.parts[-3] not in _PARTS:
-            others += [name] if {*_PARTS} & {*name.parts[:-1]} else []
-            continue
-        images[name] = to_tensor(open_image(path / name, data))  # an archive may hold a name twice: the last counts
+        image = to_tensor(open_image(path / name, data))
+        if name not in images:  # at once, before a tree of photographs fills the memory
+            _same_size(path, {**dict(itertools.islice(images.items(), 1)), name: image})
+        images[name] = image  # an archive may hold a name twice: the last counts
         encoding = encoding or _encoding(data)
     if len(roots := {name.parts[:-3] for name in images}) > 1:
         where = ", ".join("/".join(root) or "." for root in sorted(roots))
@@ -299,12 +323,22 @@ def _decode(path: Path) -> Tree:
     if encoding is None or not all(parts.values()):
         empty = " and ".join(f"{part}/<class>/" for part, names in parts.items() if not names)
         raise RuntimeError(f"{path} holds no images in {empty}: --data-dir needs train/<class>/ and test/<class>/")
+    _same_size(path, images)
     classes = _same_classes(path, parts)
     if len({len(image) for image in images.values()}) > 1:  # grey images among coloured ones
         images = {name: image.expand(3, -1, -1) for name, image in images.items()}
-    _same_shape(path, images)
     train, test = (_stack([images[name] for name in names], names, classes) for names in parts.values())
     return Tree(classes, encoding, (*train, *test))
+
+
+def _is_image_of_tree(name: PurePosixPath) -> bool:
+    """train/<class>/<image>, in an archive perhaps under a folder of its own."""
+    is_image = name.suffix.lower() in _IMAGES and not _is_hidden(name)
+    return is_image and len(name.parts) >= 3 and name.parts[-3] in _PARTS
+
+
+def _is_hidden(name: PurePosixPath) -> bool:
+    return any(part.startswith(".") for part in name.parts)  # such as the ._1.jpg beside 1.jpg of macOS
 
 
 def _stack(images: list[Tensor], names: list[PurePosixPath], classes: tuple[str, ...]) -> tuple[Tensor, Tensor]:
@@ -320,11 +354,11 @@ def _same_classes(path: Path, parts: dict[str, list[PurePosixPath]]) -> tuple[st
     return tuple(sorted(train))
 
 
-def _same_shape(path: Path, images: dict[PurePosixPath, Tensor]) -> None:
+def _same_size(path: Path, images: dict[PurePosixPath, Tensor]) -> None:
     shapes = {name: tuple(image.shape) for name, image in images.items()}
     first = next(iter(shapes))
     for name, shape in shapes.items():
-        if shape != shapes[first]:
+        if shape[1:] != shapes[first][1:]:
             raise RuntimeError(f"{path}: all images must have one size, {first} is {shapes[first]}, {name} is {shape}")
 
 
@@ -336,7 +370,7 @@ def open_image(name: Path, data: bytes) -> Any:
     """
     pillow = require("PIL.Image", "pillow")
     try:
-        with pillow.open(io.BytesIO(data)) as image:
+        with pillow.open(io.BytesIO(data), formats=_FORMATS) as image:
             return plain(image)
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise RuntimeError(f"{name} is not an image that can be used ({error}): get it again or remove it") from error
@@ -386,7 +420,7 @@ def to_tensor(image: Any) -> Tensor:
 def _encoding(data: bytes) -> str:
     """ "JPEG q75", found by comparing the quantisation tables with those of each quality; else the format's name."""
     pillow = require("PIL.Image", "pillow")
-    with pillow.open(io.BytesIO(data)) as image:
+    with pillow.open(io.BytesIO(data), formats=_FORMATS) as image:
         if image.format != "JPEG":
             return str(image.format)
         tables = image.quantization
