@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from live_bytes import check_the_counter, peak_of_step
-from peers import apart, check_memory, data, made_with, merged, timed_dtype
+from peers import check_memory, data, gate, made_with, merged, timed_dtype
 from timm.models.densenet import DenseNet as TimmDenseNet
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,7 +31,6 @@ from turns import against, take_turns
 
 from resblocks import DenseNet, interop
 from resblocks.dense import CPU_CHUNK
-from resblocks.interop.weights import find_names
 from resblocks.models import cifar_densenet
 from resblocks.training.files import write_json
 
@@ -100,22 +99,8 @@ def gates(nets: dict[str, nn.Module], batch: int, size: int) -> dict[str, Any]:
         net = copy.deepcopy(net).double()
         x, labels = data(batch, size, dtype=torch.float64)
         functional.cross_entropy(net(x), labels).backward()
-        theirs = find_names(net, nets[BASELINE].state_dict(), "torchvision").theirs if contestant in OURS else {}
-        found[contestant] = (
-            {theirs.get(name, name): weight.grad for name, weight in net.named_parameters()},
-            {theirs.get(name, name): buffer for name, buffer in net.named_buffers()},
-        )
-    rows = {}
-    for contestant, (grads, buffers) in found.items():
-        truth = found[BASELINE]
-        counts = {int(buffer) for name, buffer in buffers.items() if name.endswith("num_batches_tracked")}
-        row = {
-            "gradients": max(apart(grad, truth[0][name]) for name, grad in grads.items()),
-            "buffers": max(apart(b, truth[1][name]) for name, b in buffers.items() if b.is_floating_point()),
-            "batches_counted": sorted(counts),
-        }
-        rows[contestant] = {**row, "passes": row["gradients"] < 1e-6 and row["buffers"] < 1e-9 and counts == {1}}
-    return rows
+        found[contestant] = [weight.grad for weight in net.parameters()], list(net.buffers())
+    return {contestant: gate(*tensors, *found[BASELINE]) for contestant, tensors in found.items()}
 
 
 # --- memory

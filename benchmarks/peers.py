@@ -93,6 +93,17 @@ def data(batch: int, size: int, device: str = "cpu", dtype: torch.dtype = torch.
     return x, torch.arange(batch, device=device) % 10
 
 
+def gate(grads: list[Any], buffers: list[Tensor], true_grads: list[Any], true_buffers: list[Tensor]) -> dict[str, Any]:
+    """How far a step's gradients and buffers, in order, are from the true ones, and whether that is rounding."""
+    row = {
+        "gradients": max(apart(*pair) for pair in zip(grads, true_grads, strict=True)),
+        "buffers": max(apart(*pair) for pair in zip(buffers, true_buffers, strict=True) if pair[0].dim()),
+        "batches_counted": sorted({int(buffer) for buffer in buffers if not buffer.dim()}),
+    }
+    passes = row["gradients"] < 1e-9 and row["buffers"] < 1e-12 and row["batches_counted"] == [1]
+    return {**row, "passes": passes}
+
+
 def verdict(gate: dict[str, Any]) -> str:
     """What the gate of a contestant found, in words."""
     if gate["passes"]:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from live_bytes import LiveBytes, check_the_counter, peak_of_step
-from peers import apart, check_memory, data, is_installed, made_with, merged, same_weights, timed_dtype
+from peers import check_memory, data, gate, is_installed, made_with, merged, same_weights, timed_dtype
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
@@ -173,16 +173,6 @@ def gates(name: str, chosen: tuple[str, ...] | None = None, size: int = 32) -> d
         found[contestant] = [weight.grad for weight in net.parameters()], list(net.buffers())
     truth = found[CASES[name].baseline]
     return {contestant: gate(*tensors, *truth) for contestant, tensors in found.items()}
-
-
-def gate(grads: list[Any], buffers: list[Tensor], true_grads: list[Any], true_buffers: list[Tensor]) -> dict[str, Any]:
-    row = {
-        "gradients": max(apart(*pair) for pair in zip(grads, true_grads, strict=True)),
-        "buffers": max(apart(*pair) for pair in zip(buffers, true_buffers, strict=True) if pair[0].dim()),
-        "batches_counted": sorted({int(buffer) for buffer in buffers if not buffer.dim()}),
-    }
-    passes = row["gradients"] < 1e-9 and row["buffers"] < 1e-12 and row["batches_counted"] == [1]
-    return {**row, "passes": passes}
 
 
 # --- memory

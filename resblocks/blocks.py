@@ -371,7 +371,7 @@ class DenseBlock(Sliceable):
             maps from statistics taken once; "lean" keeps the maps alone; "plain" calls the layers one by one. Results,
             gradients, running statistics and state dict are the same. `resblocks.dense` says how it works and
             where the layers are called one by one all the same (hooks on them, another norm, torch.compile, ...).
-            Only "plain" can be differentiated twice, or have its output changed in place.
+            Only the output of "plain" may be changed in place; gradients of gradients take the memory of "plain".
         options: `resblocks.options.BlockLayers` documents them.
 
     Shape: (N, in_channels, H, W) -> (N, out_channels, H, W); likewise in 1D and 3D.

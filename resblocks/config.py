@@ -61,7 +61,8 @@ def from_config(config: dict[str, Any], *, trust: Sequence[str] = ()) -> Any:
         trust: modules of your own, whose names the config may hold; a config from a stranger could else run anything.
 
     Raises:
-        ValueError: a name from elsewhere than resblocks, torch.nn or `trust`, or one that is not there.
+        ValueError: no config of a net, a name from elsewhere than resblocks, torch.nn or `trust`, or one that is not
+            there.
 
     Example:
         >>> from resblocks import create_model
@@ -69,7 +70,15 @@ def from_config(config: dict[str, Any], *, trust: Sequence[str] = ()) -> Any:
         >>> from_config(to_config(net)).num_classes
         7
     """
-    return _value(config, tuple(trust))()
+    given: Any = config
+    if not (isinstance(given, dict) and {"name", "args", "options"} <= given.keys()):
+        raise ValueError(f"config must be a dict of name, args and options, as to_config makes it, got {config!r:.200}")
+    if isinstance(trust, str):
+        raise ValueError(f"trust must be a list of modules, got {trust!r}")
+    net = _value(config, tuple(trust))()
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"config must be of a net, got {config['name']!r}, which makes {type(net).__name__}")
+    return net
 
 
 def plain(value: Any) -> Any:
@@ -198,6 +207,8 @@ def _value(config: Any, trust: tuple[str, ...]) -> Any:
         return config
     if "nameless" in config:
         raise ValueError(f"config must hold importable names only, got {config['nameless']}")
+    if not isinstance(config.get("name"), str):
+        raise ValueError(f"config must give a name in each dict, got {config!r:.200}")
     found = _trusted(config["name"], trust)
     if "options" not in config:
         return found

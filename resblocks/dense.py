@@ -28,17 +28,19 @@ On CUDA with Triton each elementwise pass is one kernel of `resblocks._dense_tri
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from resblocks.dense_plan import Memory, Moments, Plan, PlannedLayer, Step, may_pool, plan_block, window
+from resblocks._dense_plain import average, gradients_of, is_differentiated, plain_block, plain_pool
+from resblocks.dense_plan import Memory, Moments, Plan, PlannedLayer, Step, geometry, may_pool, plan_block, window
 from resblocks.layers import layout_of, over_positions, running_affine
 
 aten = torch.ops.aten
@@ -140,11 +142,12 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_more("DenseBlock", grad)
         plan: Plan = ctx.plan
         buffer, mean, rstd, *rest = ctx.saved_tensors
         params, saved = rest[: 3 * len(plan.steps)], rest[3 * len(plan.steps) :]
         wanted = ctx.needs_input_grad[2:]
+        if is_differentiated(grad):
+            return _differentiable(ctx, grad, buffer, params, saved)
         found: list[Tensor | None] = []
         with _autocast_off(grad):
             # A copy, since the gradient that comes in is autograd's.
@@ -158,6 +161,20 @@ class _Block(torch.autograd.Function):
             dx = gradients.finish(slice(0, new.start)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         triples = zip(found, params, wanted, strict=True)
         return dx, None, *(grad.to(p.dtype) if want and grad is not None else None for grad, p, want in triples)
+
+
+def _differentiable(
+    ctx: Any, grad: Tensor, buffer: Tensor, params: list[Tensor], saved: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    plan: Plan = ctx.plan
+    ends = itertools.accumulate(ctx.counts)
+    masks = [saved[end - 1] if layer.dropout else None for layer, end in zip(plan.layers, ends, strict=True)]
+    with torch.enable_grad():  # a map of the output, whose gradient leads back to the input
+        x = buffer[:, : buffer.shape[1] - len(plan.layers) * plan.growth]
+    with _autocast_off(grad):
+        run = partial(plain_block, plan, masks)
+        dx, *others = gradients_of(run, [x, *params], [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]], grad)
+    return dx if dx is None else dx.to(ctx.dtype), None, *others
 
 
 def _by_layer(
@@ -247,8 +264,8 @@ def _evaluate(x: Tensor, plan: Plan) -> Tensor:
             for span in _spans(buffer[:, old]):
                 y = _activate(buffer[span, old], scale, shift, plan.compute)
                 if folded is not None:
-                    y = aten.convolution(y, folded, bias.to(plan.compute), *_geometry(first)).relu_()
-                buffer[span, new] = aten.convolution(y, last.weight.to(plan.compute), None, *_geometry(last))
+                    y = aten.convolution(y, folded, bias.to(plan.compute), *geometry(first)).relu_()
+                buffer[span, new] = aten.convolution(y, last.weight.to(plan.compute), None, *geometry(last))
     return buffer
 
 
@@ -263,7 +280,6 @@ class _Pool(torch.autograd.Function):
         ctx: Any, x: Tensor, norm: Any, size: int, moments: list[Moments], gamma: Tensor, beta: Tensor
     ) -> Tensor:
         wide = _wide(x.dtype)
-        pool = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[x.dim() - 3]
         with _autocast_off(x):
             mean, var = _batch_moments(x)
             moments.append(Moments(norm, mean, var, x.numel() // x.shape[1]))
@@ -272,15 +288,19 @@ class _Pool(torch.autograd.Function):
             shape = (*x.shape[:2], *(length // size for length in x.shape[2:]))
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
             for span in _spans(x):
-                out[span] = pool(_activate(x[span], *affine, x.dtype), size)
-        ctx.size = size
+                out[span] = average(_activate(x[span], *affine, x.dtype), size)
+        ctx.size, ctx.eps = size, norm.eps
         ctx.save_for_backward(*maps, gamma, beta)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_more("Transition", grad)
         x, mean, rstd, gamma, beta = ctx.saved_tensors
+        if is_differentiated(grad):
+            wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+            with _autocast_off(x):
+                dx, *others = gradients_of(partial(plain_pool, ctx.eps, ctx.size), [x, gamma, beta], wanted, grad)
+            return dx, None, None, None, *others
         with _autocast_off(x):
             maps = _Maps(x, mean, rstd)
             gradients = _MapGradients(maps, torch.zeros_like(x, memory_format=layout_of(x)))
@@ -430,7 +450,7 @@ def _convolve(x: Tensor, affine: _Affine, weight: Tensor, conv: Any, out: Tensor
             rows = _rows(z, x)
             torch.bmm(rows, weight.flatten(1).mT.expand(len(rows), -1, -1), out=_rows(out[span], x))
         else:
-            out[span] = aten.convolution(z, weight, None, *_geometry(conv))
+            out[span] = aten.convolution(z, weight, None, *geometry(conv))
 
 
 def _convolve_backward(
@@ -448,14 +468,10 @@ def _convolve_backward(
                 dweight.flatten(1).addbmm_(rows.mT, _rows(z, x))
         else:
             wanted = [True, dweight is not None, False]
-            dz, more, _ = aten.convolution_backward(dy[span], z, weight, None, *_geometry(conv), wanted)
+            dz, more, _ = aten.convolution_backward(dy[span], z, weight, None, *geometry(conv), wanted)
             if dweight is not None:
                 dweight.add_(more)
         yield span, part, dz, z
-
-
-def _geometry(conv: Any) -> tuple[object, ...]:
-    return conv.stride, conv.padding, conv.dilation, False, (0,) * len(conv.stride), conv.groups
 
 
 def _is_product(conv: Any, x: Tensor, weight: Tensor) -> bool:
@@ -494,11 +510,3 @@ def _empty(x: Tensor, channels: int, dtype: torch.dtype, memory_format: torch.me
 def _autocast_off(x: Tensor) -> AbstractContextManager[object]:
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-
-
-def _refuse_more(what: str, grad: Tensor) -> None:
-    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
-        raise RuntimeError(
-            f"{what} rebuilds its activations in backward and cannot be differentiated twice (create_graph=True) or "
-            f'for several gradients at once (is_grads_batched=True); build it with memory="plain" for that'
-        )

@@ -116,6 +116,11 @@ def window(pool: Any) -> int:
     return int(sizes.pop()) if plain and len(sizes) == 1 else 0
 
 
+def geometry(conv: Any) -> tuple[object, ...]:
+    """What the operator of a convolution takes behind its bias."""
+    return conv.stride, conv.padding, conv.dilation, False, (0,) * len(conv.stride), conv.groups
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What convolutions read."""
     return torch.get_autocast_dtype(x.device.type) if _is_cast(x) else x.dtype

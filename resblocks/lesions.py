@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from math import comb
 from typing import Literal, TypeAlias, get_args
@@ -131,12 +130,8 @@ def _metric(net: nn.Module, evaluate: Evaluate, damaged: Sequence[Residual], par
 
 def _damage(net: nn.Module, blocks: Sequence[Residual], part: Part) -> AbstractContextManager[object]:
     if part == "skip" and blocks:
-        return skips_off(net, where=partial(_is_one, blocks))
+        return skips_off(net, where=lambda name, block: block in blocks)
     return hooked(block.branch.register_forward_hook(_zeros) for block in blocks)
-
-
-def _is_one(wanted: Sequence[Residual], name: str, block: Residual) -> bool:
-    return any(block is one for one in wanted)
 
 
 def _zeros(module: nn.Module, args: object, y: Tensor) -> Tensor:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import partial
-from itertools import chain
 from typing import Any
 
 from resblocks.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, ResNeXtBlock, WideBlock
 from resblocks.checks import check_positive
 from resblocks.nets import BaselineCNN, DenseNet, Network, ResNet
-from resblocks.options import NetOptions, refuse_unknown
 from resblocks.protocol import Block
 
 Build = Callable[..., Network]
@@ -219,7 +216,7 @@ def create_model(name: str, **options: Any) -> Network:
 
     Raises:
         ValueError: a name that is not in the table; what the net raises.
-        TypeError: an option that no net has.
+        TypeError: an option that the net does not have.
 
     Example:
         >>> net = create_model("resnet18", stem="cifar", num_classes=10)
@@ -233,8 +230,4 @@ def create_model(name: str, **options: Any) -> Network:
             f"create_model draws new weights and takes no {asked.pop()}: resblocks.interop.pretrained({name!r}) "
             f"builds the net with published ones, resblocks.interop.load copies yours into it"
         )
-    signatures = [inspect.signature(net).parameters.values() for net in (ResNet, DenseNet, BaselineCNN)]
-    named = [taken.name for taken in chain(*signatures) if taken.kind is not taken.VAR_KEYWORD]
-    of_name = getattr(MODELS[name], "keywords", {})
-    refuse_unknown(options, dict.fromkeys([*of_name, *named, *NetOptions.__annotations__]))
     return MODELS[name](**options)

@@ -7,7 +7,9 @@ comes to it, by the same operators from the same values: bit by bit what it was.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -152,13 +154,9 @@ class _Pair:
     def run(self) -> dict[bool, Tensor]:
         for tensor, version in self.read:
             _check_version(tensor, version)
-        kind, dtype, enabled = self.autocast
-        autocast: AbstractContextManager[object] = nullcontext()
-        if torch.amp.is_autocast_available(kind):
-            autocast = torch.autocast(kind, dtype=dtype, enabled=enabled)
         norm: Any = self.norm
         act: Any = self.act
-        with torch.no_grad(), autocast, self.as_then:
+        with torch.no_grad(), self.autocast(), self.as_then:
             normed = type(norm).forward(norm, self.x)
             if False not in self.expected and self.in_place:
                 return {True: torch.relu_(normed)}
@@ -186,10 +184,11 @@ def _layout(tensor: Tensor) -> object:
     return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
-def _autocast(kind: str) -> tuple[str, torch.dtype | None, bool]:
+def _autocast(kind: str) -> Callable[[], AbstractContextManager[object]]:
+    """What enters once more the autocast of now."""
     if not torch.amp.is_autocast_available(kind):
-        return kind, None, False
-    return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        return nullcontext
+    return partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
 
 def _by_batch(norm: Any) -> bool:

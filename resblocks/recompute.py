@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import nullcontext
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -122,8 +121,9 @@ def recompute(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> 
     else:
         # Torch would stop the second pass at the last tensor that is kept, which RReLU fills only later.
         stop = not any(isinstance(part, nn.RReLU) for part in module.modules())
+        passes = nullcontext(), AsThen(module.modules(), recorded=True)
         with set_checkpoint_early_stop(stop):
-            out = checkpoint(run, x, use_reentrant=False, context_fn=partial(_contexts, module))
+            out = checkpoint(run, x, use_reentrant=False, context_fn=lambda: passes)
     return out
 
 
@@ -142,7 +142,3 @@ class _Guarded:
             return self.run(x)
         with self.then:
             return self.run(x)
-
-
-def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), AsThen(module.modules(), recorded=True)

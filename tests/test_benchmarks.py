@@ -22,10 +22,12 @@ from turns import against, take_turns
 PLAIN = ("torchvision", "resblocks", "resblocks out of place")
 
 
-@pytest.mark.parametrize("memory", ["shared", "lean"])
-def test_dense_net_takes_the_memory_of_the_result_file(memory: str) -> None:
-    kept = json.loads(dense_memory.RESULTS.read_text(encoding="utf-8"))["memory"]["densenet121"][memory]
-    assert dense_memory.count(dense_memory.densenet121, memory, 16, 224) == kept
+@pytest.mark.parametrize("memory", ["shared", "lean", "torchvision"])
+@pytest.mark.parametrize(("name", "batch", "size"), [("densenet121", 16, 224), ("densenet_bc_100_12", 64, 32)])
+def test_dense_net_takes_the_memory_of_the_result_file(name: str, batch: int, size: int, memory: str) -> None:
+    build = {"densenet121": dense_memory.densenet121, "densenet_bc_100_12": dense_memory.small}[name]
+    kept = json.loads(dense_memory.RESULTS.read_text(encoding="utf-8"))["memory"][name][memory]
+    assert dense_memory.count(build, memory, batch, size) == kept
 
 
 @pytest.mark.parametrize("name", ["resnet18_cifar", "resnet50", "resnext50_32x4d"])

@@ -236,6 +236,27 @@ def test_plain_values_stay() -> None:
 # --- the Hub
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "config must be a dict of name, args and options, as to_config makes it, got {}"),
+        ("resnet18", "config must be a dict .*, got 'resnet18'"),
+        ({"name": "torch:float32"}, "config must be a dict"),
+        ({"name": 3, "args": [], "options": {}}, "config must give a name in each dict"),
+        ({"name": "resblocks.blocks:BasicBlock", "args": [{}], "options": {}}, "config must give a name in each dict"),
+        ({"name": "resblocks.layers:named", "args": ["", {}], "options": {}}, "config must"),
+    ],
+)
+def test_what_is_no_config_is_refused(config: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        from_config(config)
+
+
+def test_trust_is_no_single_name() -> None:
+    with pytest.raises(ValueError, match="trust must be a list of modules, got 'mine'"):
+        from_config(to_config(rb.create_model("resnet20")), trust="mine")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_saved_net_comes_back(tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")

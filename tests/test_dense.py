@@ -280,6 +280,15 @@ def test_evaluation_is_the_plain_one_whether_gradients_are_recorded_or_not(size:
             )
 
 
+@pytest.mark.parametrize("wants", [False, True])
+def test_evaluation_without_gradients_writes_into_the_buffer(wants: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate, used = resblocks.dense._evaluate, []
+    monkeypatch.setattr(resblocks.dense, "_evaluate", lambda x, plan: used.append(plan) or evaluate(x, plan))
+    with torch.set_grad_enabled(wants):
+        make(DenseNet, 3, (2, 3), stem="cifar", num_classes=4).eval()(images(3))
+    assert len(used) == (0 if wants else 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_precision_and_large_means_are_no_worse_than_plain(dtype: torch.dtype) -> None:
     exact, x = make(memory="plain"), images() + 50
@@ -545,27 +554,63 @@ def test_compile_without_graph_break_is_the_same() -> None:
     torch.testing.assert_close(theirs["dx"], ours["dx"])
 
 
-@pytest.mark.parametrize("kind", [DenseBlock, Transition])
-def test_differentiating_twice_says_what_to_do(kind: type[nn.Module]) -> None:
-    args = (5, 14) if kind is DenseBlock else (5, 2)
-    x = images().requires_grad_()
-    with pytest.raises(RuntimeError, match=f'{kind.__name__} .* differentiated twice .* memory="plain"'):
-        torch.autograd.grad(make(kind, *args)(x).square().sum(), x, create_graph=True)
-    (dx,) = torch.autograd.grad(make(kind, *args, memory="plain")(x).square().sum(), x, create_graph=True)
-    dx.square().sum().backward()
+BOTH = [(DenseBlock, (5, 14)), (Transition, (5, 2))]
 
 
-@pytest.mark.parametrize("kind", [DenseBlock, Transition])
-def test_several_gradients_at_once_say_what_to_do(kind: type[nn.Module]) -> None:
-    args, x = (5, 14) if kind is DenseBlock else (5, 2), images().requires_grad_()
+@pytest.mark.parametrize("memory", ["shared", "lean"])
+@pytest.mark.parametrize(("kind", "args"), BOTH)
+def test_gradient_of_the_gradient_is_that_of_plain(kind: type[nn.Module], args: tuple[int, ...], memory: str) -> None:
+    found = []
+    for mode in ("plain", memory):
+        net, x = make(kind, *args, memory=mode), images().requires_grad_()
+        wanted = [x, *net.parameters()]
+        first = torch.autograd.grad(net(x).sin().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), wanted)
+        counts = [norm.num_batches_tracked for norm in net.modules() if isinstance(norm, nn.BatchNorm2d)]
+        found.append([*first, *second, *counts])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("kind", "args"), BOTH)
+def test_second_derivative_is_that_of_finite_differences(kind: type[nn.Module], args: tuple[int, ...]) -> None:
+    net, x = make(kind, *args, dims=1), images(dims=1, batch=2).requires_grad_()
+    assert torch.autograd.gradgradcheck(net, x, atol=1e-4)
+
+
+def test_gradient_of_the_gradient_has_the_dropout_of_forward() -> None:
+    found = []
     for memory in ("plain", "shared"):
+        net, x = make(DenseBlock, 5, 14, memory=memory, dropout=0.5), images().requires_grad_()
+        torch.manual_seed(0)
+        (dx,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        found.append([dx, *torch.autograd.grad(dx.square().sum(), x)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("kind", "args"), BOTH)
+def test_several_gradients_at_once_are_those_of_plain(kind: type[nn.Module], args: tuple[int, ...]) -> None:
+    found = []
+    for memory in ("plain", "shared"):
+        x = images().requires_grad_()
         y = make(kind, *args, memory=memory)(x)
-        grads = torch.stack([torch.ones_like(y), torch.zeros_like(y)])
-        if memory == "plain":
-            assert torch.autograd.grad(y, x, grads, is_grads_batched=True)[0].shape == (2, *x.shape)
-        else:
-            with pytest.raises(RuntimeError, match=f'{kind.__name__} .* several gradients at once .* memory="plain"'):
-                torch.autograd.grad(y, x, grads, is_grads_batched=True)
+        grads = torch.stack([torch.ones_like(y), y.detach()])
+        found += torch.autograd.grad(y, x, grads, is_grads_batched=True)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("frozen", ["x", "parameters"])
+def test_gradient_of_the_gradient_of_what_is_not_frozen(frozen: str) -> None:
+    found = []
+    for memory in ("plain", "shared"):
+        net, x = make(DenseBlock, 5, 14, memory=memory), images().requires_grad_(frozen != "x")
+        net.requires_grad_(frozen != "parameters")
+        wanted = [tensor for tensor in (x, *net.parameters()) if tensor.requires_grad]
+        first = torch.autograd.grad(net(x).pow(3).sum(), wanted, create_graph=True)
+        found.append(torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), wanted))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_memory_that_does_not_exist_raises() -> None:

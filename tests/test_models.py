@@ -31,7 +31,7 @@ def test_block_and_widths_override_the_table():
     [
         (
             {"num_clases": 3},
-            r"unknown option 'num_clases' \(did you mean 'num_classes'\?\); the options are ",
+            r"ResNet takes no num_clases \(did you mean 'num_classes'\?\); the options are ",
         ),
         ({"pretrained": True}, r"takes no pretrained: resblocks\.interop\.pretrained\('resnet18'\)"),
     ],

@@ -10,16 +10,14 @@ from pathlib import Path
 import resblocks
 
 IMPORT = """
-import json, sys, time
-start = time.process_time()
+import json, sys
 import torch
-of_torch = time.process_time() - start
-before, start = set(sys.modules), time.process_time()
+before = set(sys.modules)
 import resblocks
-seconds = time.process_time() - start
-new = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
-packages = [name for name in new if name not in sys.stdlib_module_names]
-print(json.dumps({"seconds": seconds, "of_torch": of_torch, "packages": packages}))
+new = set(sys.modules) - before
+packages = sorted({name.partition(".")[0] for name in new} - sys.stdlib_module_names)
+rooms = [name for name in ("resblocks.training", "resblocks.interop") if name in sys.modules]
+print(json.dumps({"modules": len(new), "packages": packages, "rooms": rooms}))
 """
 
 
@@ -29,13 +27,13 @@ def fresh_import() -> dict[str, object]:
 
 
 def test_import_brings_nothing_but_the_core_dependencies() -> None:
-    assert set(fresh_import()["packages"]) <= {"resblocks", "einops", "typing_extensions", "torch"}
+    found = fresh_import()
+    assert set(found["packages"]) <= {"resblocks", "einops", "typing_extensions", "torch"}
+    assert found["rooms"] == []
 
 
-def test_import_adds_little_to_that_of_torch() -> None:
-    # The promise is 0.05 s; a slow machine is known by the time that torch takes, seconds in itself.
-    imports = [fresh_import() for _ in range(5)]
-    assert min(found["seconds"] / max(1.0, found["of_torch"]) for found in imports) < 0.05
+def test_import_adds_few_modules_to_those_of_torch() -> None:
+    assert fresh_import()["modules"] < 50  # torchvision's adds a thousand; benchmarks/import_time.py takes the time
 
 
 def test_types_are_shipped() -> None:

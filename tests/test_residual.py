@@ -94,6 +94,7 @@ def test_concat_joins_channels():
         ({"shortcut": nn.Identity()}, "shortcut must be None with skip=False"),
         ({"scale": SkipInit(4)}, "scale must be None with skip=False"),
         ({"drop_path": DropPath(0.1)}, "drop_path must be None with skip=False"),
+        ({"merge": rb.WeightedAdd(4)}, "merge must be None with skip=False, which leaves nothing to merge"),
     ],
 )
 def test_plain_block_refuses_the_parts_of_a_merge(part, text):
@@ -251,11 +252,6 @@ def test_skip_is_true_or_false():
     with pytest.raises(ValueError, match="skip must be True or False, got 'off'"):
         block.skip = "off"
     assert block.skip is True
-
-
-def test_merge_without_skip_raises():
-    with pytest.raises(ValueError, match="merge must be None with skip=False, which leaves nothing to merge"):
-        Residual(nn.Linear(4, 4), merge=rb.WeightedAdd(4), skip=False)
 
 
 @pytest.mark.parametrize("skip", [[True, False], "False", "stages.2", None, 0, {}])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,14 @@ def test_paper_is_shown_beside_its_test_set_alone(
     monkeypatch.setattr(experiment, "draw_figures", lambda *args: [])
     run_experiment(["resnet18"], replace(tiny_dataset(), name=name, split=split), RECIPE, out=tmp_path)
     assert ("89.9" in capsys.readouterr().out) is shown
+
+
+def test_table_is_printed_where_the_terminal_lacks_a_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "fit", lambda *args, seed, **options: _made_up("resnet20", seed))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown := io.BytesIO(), encoding="ascii"))
+    run_experiment(["resnet20"], tiny_dataset(), RECIPE, out=tmp_path, seed=[0, 1])
+    sys.stdout.flush()
+    assert b" ? " in shown.getvalue()
 
 
 def test_names_are_no_formulas(tmp_path: Path) -> None:

@@ -591,6 +591,32 @@ def test_lock_file_of_a_dead_run_does_not_count(content: str, tmp_path: Path) ->
         assert lock.path.read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_lock_is_given_back_although_a_forked_child_lives(tmp_path: Path) -> None:
+    with FolderLock(tmp_path):
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            os.read(read, 1)
+            os._exit(0)
+    with FolderLock(tmp_path):
+        os.write(write, b"x")
+    os.waitpid(child, 0)
+
+
+def test_old_checkpoint_that_cannot_be_deleted_yet_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_use(path: Path, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "The process cannot access the file because it is being used")
+
+    for step in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Path, "unlink", lambda path, **options: in_use(path) if path.name.startswith("step") else None
+            )
+            save_checkpoint(tmp_path, {"step": step}, step=step, epochs_done=0)
+    assert len(list_checkpoints(tmp_path)) == 3
+    save_checkpoint(tmp_path, {"step": 4}, step=4, epochs_done=0)
+    assert len(list_checkpoints(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("name", ["lock", "log.jsonl"])
 def test_link_in_a_folder_of_others_does_not_lead_out_of_it(name: str, tmp_path: Path) -> None:
     thesis = tmp_path / "thesis"

@@ -81,6 +81,9 @@ def test_everywhere_else_it_is_the_convolution(
     torch.testing.assert_close(conv(x), nn.Conv2d.forward(conv, x), rtol=0, atol=0)
 
 
+BF16 = torch.bfloat16
+
+
 def test_one_image_without_a_batch_is_convolved() -> None:
     conv, x = SmallMapConv2d(256, 256, 3, padding=1, bias=False), torch.randn(256, 4, 4)
     torch.testing.assert_close(conv(x), nn.Conv2d.forward(conv, x), rtol=0, atol=0)
@@ -97,7 +100,7 @@ def test_subclass_of_the_convolution_stays_what_it_is() -> None:
     assert type(net[1]) is OwnConv
 
 
-@pytest.mark.parametrize(("tiles", "calls_of_convolve"), [(False, []), (True, [torch.bfloat16])])
+@pytest.mark.parametrize(("tiles", "calls_of_convolve"), [(False, []), (True, [torch.bfloat16] * 2)])
 def test_rule_takes_the_weight_gradient_and_all_in_bfloat16_where_the_processor_has_tiles(
     tiles: bool, calls_of_convolve: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +113,8 @@ def test_rule_takes_the_weight_gradient_and_all_in_bfloat16_where_the_processor_
     assert uses_product(conv, x)
     torch.testing.assert_close(conv(x), nn.Conv2d.forward(conv, x), rtol=0, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
-        assert uses_product(conv, x)
+        assert uses_product(conv, x) is tiles
+        assert uses_product(conv, x[..., :2, :2])
     assert calls == calls_of_convolve
 
 
@@ -129,16 +133,20 @@ def test_autocast_gives_gradients_in_the_dtype_of_the_weights(tiles: bool, monke
         torch.testing.assert_close(one.float(), other.float(), rtol=0.05, atol=0.05 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_run_in_a_whole_net_also_under_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "tiles", "count"), [(torch.float32, False, 4), (BF16, True, 4), (BF16, False, 1)])
+def test_products_run_in_a_whole_net_also_under_autocast(
+    dtype: torch.dtype, tiles: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(small_maps, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(small_maps, "has_matrix_tiles", lambda: tiles)
     net, used = create_model("resnet18", stem="cifar", num_classes=3), []
     with small_map_products(net), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         for layer in net.modules():
             if type(layer) is SmallMapConv2d:
                 layer.register_forward_hook(lambda conv, given, y: used.append(type(y.grad_fn).__name__))
         net(torch.randn(2, 3, 32, 32))
-    assert used.count("_ProductBackward") == 4  # of the last stage; the maps of the three before are 8x8
+    # Of the last stage, whose first convolution has a stride; the maps of the three before are 8x8.
+    assert used.count("_ProductBackward") == count
 
 
 def test_autocast_leaves_float64_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
@@ -52,8 +53,9 @@ def save_checkpoint(folder: str | Path, state: dict[str, Any], *, step: int, epo
             kept = f"{older[-1]} is kept, the same command goes on from it" if older else "there is none from before"
             raise RuntimeError(f"no checkpoint at step {step}: {error}; {kept}") from error
     for old in list_checkpoints(folder)[:-KEEP]:
-        old.unlink(missing_ok=True)
-        digest_path(old).unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows, while a scanner looks at it: the next save tries again
+            old.unlink(missing_ok=True)
+            digest_path(old).unlink(missing_ok=True)
     remove_leftovers(folder)
     return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -144,12 +145,18 @@ def run_experiment(
         seeds = seeds_in_words((result.name, result.settings["seed"]) for result in results)
         print(f"\n{dataset.name}, {dataset.split} set, {about}, {seeds}\n")
         is_papers = dataset.split == "test" and dataset.name.partition(" ")[0] == "CIFAR-10"
-        print(results_table(results, on_cifar10=is_papers))
+        print(_printable(results_table(results, on_cifar10=is_papers)))
         figures = draw_figures(results, out, formats)
         print(f"\n{Path(out) / 'results.json'} and {len(figures)} figures in {out}")
     if failed:
         raise failed
     return results
+
+
+def _printable(text: str) -> str:
+    """With "?" for what a terminal has no sign for."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def results_table(results: Sequence[Result], on_cifar10: bool = False) -> str:

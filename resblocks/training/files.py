@@ -186,13 +186,15 @@ class FolderLock:
 
     def release(self) -> None:
         if self._file is not None:
+            with contextlib.suppress(OSError):
+                _lock(self._file, False)  # for a forked child, which holds the file open, too
             with contextlib.suppress(OSError):  # what a full disk did not take is tried again
                 self._file.close()
             self._file = None
 
 
-def _lock(file: TextIO) -> None:
-    """Lock an open file until it is closed.
+def _lock(file: TextIO, on: bool = True) -> None:
+    """Lock an open file until it is closed, or unlock it.
 
     Raises:
         BlockingIOError: it is locked.
@@ -202,10 +204,10 @@ def _lock(file: TextIO) -> None:
 
         try:
             file.seek(2**30)  # it locks bytes: one far behind the text, which others are to read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK if on else msvcrt.LK_UNLCK, 1)
         except OSError as error:
             raise BlockingIOError(str(error)) from error
     else:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if on else fcntl.LOCK_UN)

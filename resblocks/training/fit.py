@@ -33,6 +33,7 @@ from .device import (
     pick_precision,
 )
 from .environment import environment
+from .extras import require
 from .files import FolderLock, remove_leftovers, write_json
 from .folder import check_same, check_settings, claim, read_finished, run_settings
 from .log import RunLog
@@ -110,6 +111,8 @@ def fit(
         RuntimeError: missing device, folder in use, full disk, out of memory, silent rank.
         Interrupted: SIGTERM or Ctrl-C, after the step is done and saved (a SystemExit with status 143 or 130).
     """
+    for package in ("numpy", "safetensors.torch"):  # now, and not when the weights are to be written
+        require(package)
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset must be a resblocks.training.Dataset, got {type(dataset).__name__}")
     if type(recipe) is not Recipe:  # of a class of one's own, run.json could not say what it changes

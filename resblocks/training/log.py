@@ -56,7 +56,7 @@ class RunLog:
 
     def start(self, steps: int, step: int) -> None:
         """Open the bar, on a terminal that has rich."""
-        if not (self._talks and sys.stdout.isatty() and importlib.util.find_spec("rich")):
+        if not (self._talks and sys.stdout and sys.stdout.isatty() and importlib.util.find_spec("rich")):
             return
         from rich import progress
 

@@ -115,11 +115,11 @@ def load_trained(folder: str | Path, net: nn.Module | None = None, *, trust: Seq
     path = Path(folder) / "result.json"
     try:
         result = Result.read(path)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         inside = sorted(found.parent.name for found in Path(folder).glob("*/result.json"))
         hint = f"; it has those of {', '.join(inside)}" if inside else ""
         raise ValueError(f"folder must hold a finished run, got {folder} ({error}){hint}") from error
-    if not result.model:
+    if not {"mean", "std", "classes", "shape", "config"} <= result.model.keys():
         raise ValueError(f"folder must hold a run that says mean, std and classes, {path} is older: use load_weights")
     if net is None:
         if result.model["config"] is None:

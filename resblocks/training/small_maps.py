@@ -25,6 +25,7 @@ from .device import has_fast_bfloat16, has_matrix_tiles
 aten = torch.ops.aten
 
 POSITIONS = 16  # of the output map: at 8x8 it is a draw or a loss
+POSITIONS_BFLOAT16 = 4  # without a stride and without matrix tiles: at 4x4 it is a draw or a loss
 CHANNELS = 256  # of input and output: narrow convolutions are too quick to gain
 
 
@@ -45,14 +46,18 @@ class SmallMapConv2d(nn.Conv2d):
         if is_traced(x) or x.dim() != 4 or not torch.is_grad_enabled() or not self._fits(x):
             return super().forward(x)
         dtype = dtype_of_product(x, self.weight)
-        if dtype is None:
-            return super().forward(x)
         everything = dtype == torch.bfloat16 and has_matrix_tiles()
+        if dtype is None or not (everything or self._gains(x, dtype)):
+            return super().forward(x)
         out: Tensor = _Product.apply(x.to(dtype), self.weight.to(dtype), self.stride[0], everything)
         return out
 
     def _fits(self, x: Tensor) -> bool:
         return x.device.type == "cpu" and is_eligible(self) and positions(x, self.stride[0]) <= POSITIONS
+
+    def _gains(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether the product of the weight's gradient alone does."""
+        return dtype != torch.bfloat16 or self.stride[0] > 1 or positions(x, 1) <= POSITIONS_BFLOAT16
 
 
 def dtype_of_product(x: Tensor, weight: Tensor) -> torch.dtype | None:
