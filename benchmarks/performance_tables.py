@@ -51,6 +51,7 @@ def throughput() -> Table:
     found = json.loads((RESULTS / "throughput_h200_2026-11.json").read_text(encoding="utf-8"))["throughput"]
     rows = [
         [
+            f"`{case.get('net', 'resnet18_cifar')}`",
             name,
             str(case["batch"]),
             f"{statistics.median(row['images_per_second']):,.0f}",
@@ -60,7 +61,7 @@ def throughput() -> Table:
         for case in found
         for name, row in case["rows"].items()
     ]
-    return ["training step of", "batch", "images a second", "over torchvision", "device"], rows, "lrrrl"
+    return ["net", "training step of", "batch", "images a second", "over torchvision", "device"], rows, "llrrrl"
 
 
 def dense_time() -> Table:

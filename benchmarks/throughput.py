@@ -1,6 +1,7 @@
-"""Images a second of CIFAR ResNet-18 training: ours, torchvision's and timm's, eager and compiled, whole steps.
+"""Images a second of training CIFAR nets: ours, torchvision's and timm's, eager and compiled, whole steps.
 
     python benchmarks/throughput.py --compile default reduce-overhead --graph --out throughput.json    # on a GPU
+    python benchmarks/throughput.py --nets densenet_bc_100_12 --batch 64 --out throughput.json
     python benchmarks/throughput.py --batch 32 --rounds 3 --out throughput.json                        # on a CPU
 
 A step is forward, loss, backward and a fused SGD update on images that lie on the device, in channels_last, under
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dense_memory import small, with_same_weights
 from torch import Tensor, nn
 from torch.nn import functional
 from train_step import build
@@ -31,27 +34,37 @@ from resblocks.training.environment import environment
 from resblocks.training.files import write_json
 from resblocks.training.loop import Loop
 
-NETS = ("torchvision", "timm", "resblocks")
+NETS = {
+    "resnet18_cifar": ("torchvision", "timm", "resblocks", "resblocks norms"),
+    "densenet_bc_100_12": ("torchvision", "torchvision memory_efficient", "timm", "shared", "lean"),
+}
+OURS = {"shared": "resblocks", "lean": "resblocks lean"}
 IMAGES = 2048  # of random pixels: their content does not change the time
 
 
+def built(name: str) -> dict[str, nn.Module]:
+    """The contestants of a net, all with the weights of the first."""
+    if name == "resnet18_cifar":
+        return build(name, NETS[name])
+    nets = with_same_weights(small, NETS[name])
+    return {OURS.get(contestant, contestant): net for contestant, net in nets.items()}
+
+
 def contestants(
-    batch: int, modes: list[str], graph: bool, device: torch.device, dtype: torch.dtype
+    name: str, batch: int, modes: list[str], graph: bool, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], None]]:
     """A function for each contestant that trains for one step."""
-    nets = {
-        name: net.to(device, memory_format=torch.channels_last) for name, net in build("resnet18_cifar", NETS).items()
-    }
-    found = {name: plain_step(net, net, batch, device, dtype) for name, net in nets.items()}
+    nets = {key: net.to(device, memory_format=torch.channels_last) for key, net in built(name).items()}
+    found = {key: plain_step(net, net, batch, device, dtype) for key, net in nets.items()}
     harness = partial(harness_step, batch=batch, device=device, dtype=dtype)
     found["resblocks harness"] = harness(copy.deepcopy(nets["resblocks"]))
     if graph:
         found["resblocks harness graph"] = harness(copy.deepcopy(nets["resblocks"]), graph=True)
         found["resblocks harness default graph"] = harness(copy.deepcopy(nets["resblocks"]), mode="default", graph=True)
     for mode in modes:
-        for name in ("torchvision", "resblocks"):
-            net = copy.deepcopy(nets[name])
-            found[f"{name} {mode}"] = plain_step(net, torch.compile(net, mode=mode), batch, device, dtype)
+        for key in ("torchvision", "resblocks"):
+            net = copy.deepcopy(nets[key])
+            found[f"{key} {mode}"] = plain_step(net, torch.compile(net, mode=mode), batch, device, dtype)
         found[f"resblocks harness {mode}"] = harness(copy.deepcopy(nets["resblocks"]), mode=mode)
     return found
 
@@ -92,7 +105,14 @@ def harness_step(
 
 
 def measure(
-    batch: int, rounds: int, steps: int, modes: list[str], graph: bool, device: torch.device, dtype: torch.dtype
+    name: str,
+    batch: int,
+    rounds: int,
+    steps: int,
+    modes: list[str],
+    graph: bool,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Any:
     """Images a second of each contestant in each round of so many steps, and how many times torchvision's of it."""
 
@@ -105,22 +125,23 @@ def measure(
 
         return run
 
-    found = {name: repeated(step) for name, step in contestants(batch, modes, graph, device, dtype).items()}
+    found = {key: repeated(step) for key, step in contestants(name, batch, modes, graph, device, dtype).items()}
     take_turns(found, 2, time.perf_counter)  # compiling and choosing algorithms
     seconds = take_turns(found, rounds, time.perf_counter)
     base = seconds["torchvision"]
     rows = {
-        name: {
+        key: {
             "images_per_second": [round(batch * steps / second, 1) for second in spent],
             **spread([other / own for own, other in zip(spent, base, strict=True)], "speed"),
         }
-        for name, spent in seconds.items()
+        for key, spent in seconds.items()
     }
-    return {"batch": batch, "steps": steps, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
+    return {"net": name, "batch": batch, "steps": steps, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", default=["resnet18_cifar"], choices=NETS)
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 512, 1024])
     parser.add_argument("--compile", nargs="*", default=[], choices=("default", "reduce-overhead", "max-autotune"))
     parser.add_argument("--graph", action="store_true", help="also the harness with whole steps as CUDA graphs")
@@ -135,9 +156,10 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     steps = options.steps or (20 if device.type == "cuda" else 1)
     cases = []
-    for batch in options.batch:
+    for net, batch in itertools.product(options.nets, options.batch):
         with current_device(device):
-            cases.append(measure(batch, options.rounds, steps, options.compile, options.graph, device, dtype))
+            how = options.rounds, steps, options.compile, options.graph, device, dtype
+            cases.append(measure(net, batch, *how))
         write_json(
             options.out, {"environment": environment(device), "throughput": cases}
         )  # after each: runs may be cut

@@ -65,6 +65,23 @@ def test_fused_net_is_the_same_function(name, grad):
         assert relative_error(fuse(net)(x), net(x)) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
+@pytest.mark.parametrize("name", NETS)
+def test_fused_net_is_the_same_function_on_a_gpu(name, dtype, tolerance, layout):
+    net = trained(name, **NETS[name]).cuda()
+    x = image(3, 32, batch=2).cuda().to(memory_format=layout)
+    fast = fuse(net, dtype=dtype)
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert relative_error(fast(x.to(dtype)).float(), net(x)) < tolerance
+
+
+@pytest.mark.gpu
+def test_one_operator_runs_the_block_on_a_gpu():
+    assert fused_operators.has_cudnn(torch.float16)
+
+
 @pytest.mark.parametrize("options", [
     {"norm": rb.group_norm}, {"norm": None}, {"norm": rb.FrozenBatchNorm}, {"conv": rb.weight_standardised},
     {"attention": rb.SE}, {"scale": rb.LayerScale}, {"scale": rb.ZeroInit}, {"merge": rb.gated}, {"drop_path": 0.2},

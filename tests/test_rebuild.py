@@ -39,7 +39,7 @@ def step(block, x, amp=False):
     """Output, gradients and buffers of a step."""
     x = x.clone().requires_grad_()
     torch.manual_seed(5)
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
         y = block(x)
     y.float().square().sum().backward()
     return [y.detach(), x.grad, *(p.grad for p in block.parameters()), *block.buffers()]
@@ -72,6 +72,15 @@ def saved(monkeypatch):
 def test_rebuilt_step_has_the_same_bits(name, dims):
     x = image(8, 4, dims)
     assert_equal(*(step(block, x) for block in twins(name, dims=dims, dropout=0.3)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("amp", [False, True])
+def test_rebuilt_step_has_the_same_bits_on_a_gpu(name, amp, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    x = image(8, 4).cuda()
+    assert_equal(*(step(block.cuda(), x, amp) for block in twins(name, dropout=0.3)))
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -868,7 +868,7 @@ def test_compiled_net_trains_to_the_same_numbers(tmp_path: Path, mode: str) -> N
 
 
 @pytest.mark.slow
-def test_example_under_torchrun(tmp_path: Path) -> None:
+def test_example_under_torchrun_is_the_same_experiment(tmp_path: Path) -> None:
     options = [
         "--dataset",
         "digits",
@@ -878,13 +878,18 @@ def test_example_under_torchrun(tmp_path: Path) -> None:
         "1",
         "--device",
         "cpu",
-        "--out",
-        str(tmp_path),
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(EXAMPLE), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.count("| ResNet-20") == 1  # the first process speaks
-    assert json.loads((tmp_path / "results.json").read_text())["results"][0]["environment"]["processes"] == 2
+    runs = []
+    for launcher, out in ([], tmp_path / "one"), (["-m", "torch.distributed.run", "--nproc-per-node", "2"], tmp_path):
+        command = [sys.executable, *launcher, str(EXAMPLE), *options, "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.count("| ResNet-20") == 1  # the first process speaks
+        runs += json.loads((out / "results.json").read_text())["results"]
+    one, two = runs
+    assert [run["environment"]["processes"] for run in runs] == [1, 2]
+    assert one["settings"] == two["settings"]
+    assert [epoch["step"] for epoch in one["epochs"]] == [epoch["step"] for epoch in two["epochs"]]
+    assert one["epochs"][0]["train_loss"] == pytest.approx(two["epochs"][0]["train_loss"], rel=0.1)  # norms see halves
 
 
 class HostReads(TorchDispatchMode):

@@ -155,6 +155,17 @@ def test_signal_to_one_rank_stops_both_and_saves(two: Path, tmp_path: Path) -> N
     assert weights_of(tmp_path) == weights_of(two)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_other_rank_ends_when_one_is_killed_and_both_go_on_to_the_same_bits(
+    rank: int, two: Path, tmp_path: Path
+) -> None:
+    codes = run(tmp_path, (workers.kill_rank_at_step, (rank, 7)), ranks=2, timeout_seconds=6.0)
+    assert (codes[rank], codes[1 - rank]) == (-9, 1)
+    assert "another process died or was silent too long at step" in error_of(tmp_path, 1 - rank)
+    assert run(tmp_path, ranks=2) == [0, 0]
+    assert weights_of(tmp_path) == weights_of(two)
+
+
 def test_non_finite_loss_on_one_rank_stops_both(tmp_path: Path) -> None:
     out = tmp_path / "nccl timeout"  # the message names the folder, and is not to be taken for one of torch
     assert run(out, (workers.nan_on_rank, (1, 4)), ranks=2) == [1, 1]

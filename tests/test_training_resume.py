@@ -204,6 +204,14 @@ def test_full_disk_keeps_what_was_there(unbroken: bytes, tmp_path: Path) -> None
     assert weights_of(tmp_path) == unbroken
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts its memory in /proc")
+def test_full_memory_keeps_the_checkpoint_and_says_the_batch_size(unbroken: bytes, tmp_path: Path) -> None:
+    assert run(tmp_path, (workers.full_memory, (7,))) == [1]
+    assert "out of memory at step 7 with batch size 16" in error_of(tmp_path)
+    assert run(tmp_path) == [0]
+    assert weights_of(tmp_path) == unbroken
+
+
 @pytest.mark.parametrize("name", ["step000000001-epoch00000-keep.pt", "step_best-epoch1.pt", "steps-epoch2.pt"])
 def test_checkpoint_that_a_user_keeps_is_left_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
@@ -735,29 +743,15 @@ def test_log_tells_the_story(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("from_the_start", [True, False])
-def test_tensorboard_shows_every_epoch_once(
-    from_the_start: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_shows_every_epoch_once(from_the_start: bool, tmp_path: Path) -> None:
     """Also where it is asked for in the middle of a run."""
-    shown: list[int] = []
-
-    class Writer:
-        def __init__(self, folder: Path, purge_step: int) -> None:
-            shown[:] = [step for step in shown if step < purge_step]  # the others are hidden
-
-        def add_scalar(self, key: str, value: float, step: int) -> None:
-            shown.extend([step] * (key == "eval_loss"))
-
-        def flush(self) -> None:
-            pass
-
-        close = flush
-
-    monkeypatch.setattr("resblocks.training.log.require", lambda *names: SimpleNamespace(SummaryWriter=Writer))
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with pytest.raises(SystemExit, match="143"):
         _fit_with_fault(tmp_path, tiny_net(), "signal", 6, tensorboard=from_the_start)
-    tiny_fit(tmp_path, tensorboard=True)
-    assert shown == [5, 10]
+    result = tiny_fit(tmp_path, tensorboard=True)
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("eval_loss")]
+    assert shown == [(epoch["step"], pytest.approx(epoch["eval_loss"])) for epoch in result.epochs]
 
 
 def test_line_of_an_epoch_that_a_kill_kept_from_the_log_is_made_up_for(tmp_path: Path) -> None:

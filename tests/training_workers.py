@@ -111,6 +111,12 @@ def kill_at_step(step: int) -> None:
     at_step(step, lambda loop: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def kill_rank_at_step(rank: int, step: int) -> None:
+    """kill -9 of one process of several."""
+    if os.environ["RANK"] == str(rank):
+        kill_at_step(step)
+
+
 def kill_in_write(call: int, moment: str) -> None:
     """kill -9 around the `call`-th rename, or with half of the `call`-th file written."""
     from resblocks.training import files
@@ -139,6 +145,18 @@ def full_disk(limit: int) -> None:
     import resource  # POSIX has it
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def full_memory(step: int) -> None:
+    """The step asks for more than this process may have."""
+    import resource
+
+    def fault(loop: Loop) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**26,) * 2)
+        torch.empty(2**30)
+
+    at_step(step, fault)
 
 
 def signal_at_step(number: int, step: int) -> None:
