@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ def run_cell(cell: Cell, dataset: Dataset, file: Path, work: Path, ranks: Ranks,
             net, dataset, recipe, out=work / cell.name, name=cell.model, seed=cell.seed, ranks=ranks, **options
         ).as_dict()
     except Diverged as error:
-        failure = str(error)
+        failure = str(error).replace(f"{work}{os.sep}", "")  # where the checkpoints lie on this machine
         made_with = environment(
             pick_device(options["device"], ranks.local_rank),
             ranks.size,

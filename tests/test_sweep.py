@@ -151,6 +151,7 @@ def test_run_that_diverges_is_written_down_and_the_next_one_starts(
     files = sorted((tmp_path / "results" / "wild").iterdir(), key=lambda file: "lr-" not in file.name)
     diverged, fine = (json.loads(file.read_text()) for file in files)
     assert "infinite or NaN" in diverged["failed"]
+    assert str(tmp_path) not in diverged["failed"]
     assert diverged["environment"]["versions"] == fine["environment"]["versions"]
     assert fine["epochs"]
 

@@ -69,11 +69,8 @@ def _mixing_weights(name: str, size: int) -> Tensor:
 
 
 def same_values(one: list[float], other: list[float], tolerance: float = 1e-4) -> bool:
-    """Whether two fingerprints are of the same values, up to rounding; those of two seeds are about a norm apart.
-
-    Older folders have the first two numbers alone.
-    """
-    return all(abs(mine - theirs) <= tolerance * one[1] for mine, theirs in zip(one, other, strict=False))
+    """Whether two fingerprints are of the same values, up to rounding; those of two seeds are about a norm apart."""
+    return all(abs(mine - theirs) <= tolerance * one[1] for mine, theirs in zip(one, other, strict=True))
 
 
 def first_gradient(net: nn.Module, dataset: Dataset) -> list[float] | None:
@@ -148,12 +145,12 @@ def check_settings(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"out: {out} holds a run but no run.json, so whose it is is not known: choose another --out")
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(written, dict):
+        if not (isinstance(written, dict) and {START, GRADIENT} <= _flat(written).keys()):
             raise ValueError("it holds no settings")
     except ValueError as error:
         raise ValueError(f"out: {path} is damaged ({error}): choose another --out, or remove {out}") from error
     here = _flat(settings)
-    there = _completed(_flat(written), here)
+    there = _flat({"recipe": whole_recipe({})}) | _flat(written)
     different = _different(there, here)
     if START in different and same_values(there[START], here[START]):
         different.remove(START)
@@ -170,12 +167,6 @@ def check_settings(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
             f"out: {out} holds a run of other settings ({changes}): choose another --out, or remove that folder"
         )
     return settings
-
-
-def _completed(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a folder, where it is from before some were written down with those that do not contradict."""
-    newer = [GRADIENT, "net.layers", "dataset.classes", *([] if START in there else [START, "net.frozen"])]
-    return _flat({"recipe": whole_recipe({})}) | {key: here[key] for key in newer if key in here} | there
 
 
 def _same_gradient(one: list[float] | None, other: list[float] | None) -> bool:

@@ -109,7 +109,7 @@ def load_trained(folder: str | Path, net: nn.Module | None = None, *, trust: Seq
         trust: modules of your own that the config may name, see `resblocks.config.from_config`.
 
     Raises:
-        ValueError: no finished run, one from before this was written down, or a net that a config cannot say.
+        ValueError: no finished run, one that does not say mean, std and classes, or a net that a config cannot say.
         RuntimeError: the weights are damaged, or of another net.
     """
     path = Path(folder) / "result.json"
@@ -120,7 +120,7 @@ def load_trained(folder: str | Path, net: nn.Module | None = None, *, trust: Seq
         hint = f"; it has those of {', '.join(inside)}" if inside else ""
         raise ValueError(f"folder must hold a finished run, got {folder} ({error}){hint}") from error
     if not {"mean", "std", "classes", "shape", "config"} <= result.model.keys():
-        raise ValueError(f"folder must hold a run that says mean, std and classes, {path} is older: use load_weights")
+        raise ValueError(f"folder must hold a run that says mean, std and classes, {path} does not: use load_weights")
     if net is None:
         if result.model["config"] is None:
             raise ValueError(f"net must be given: {path} holds no config of {result.name}")
