@@ -574,6 +574,14 @@ def test_folder_from_before_an_option_of_the_recipe_still_counts(tmp_path: Path)
     assert (tmp_path / "result.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("other", [{"seed": 1}, {"recipe": replace(RECIPE, epochs=1)}])
+def test_result_of_another_run_is_not_taken_for_that_of_the_folder(other: dict[str, Any], tmp_path: Path) -> None:
+    own = tiny_fit(tmp_path / "own")
+    tiny_fit(tmp_path / "other", **other)
+    (tmp_path / "other" / "result.json").replace(tmp_path / "own" / "result.json")
+    assert tiny_fit(tmp_path / "own").epochs == own.epochs
+
+
 def test_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:
     with FolderLock(tmp_path), pytest.raises(RuntimeError, match=f"in use by another run .process {os.getpid()}"):
         tiny_fit(tmp_path)

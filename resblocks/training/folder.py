@@ -204,6 +204,15 @@ def read_finished(out: Path) -> Result | None:
     if not (out / "result.json").exists() or not is_intact(out / "weights.safetensors"):
         return None
     try:
-        return Result.read(out / "result.json")
-    except (ValueError, TypeError):
-        return None  # damaged: the last checkpoint leads to the same result
+        result = Result.read(out / "result.json")
+        written = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        whole = len(result.epochs) == result.settings["recipe"]["epochs"]
+        return result if whole and _what(result.settings) == _what(written) else None
+    except (ValueError, TypeError, KeyError):
+        return None  # damaged, or copied here: the last checkpoint leads to the same result
+
+
+def _what(settings: dict[str, Any]) -> list[Any]:
+    """Of a run's settings those that are the same on every machine, to the last digit."""
+    net, dataset = settings["net"], settings["dataset"]
+    return [net["name"], net["layers"], dataset["sha256"], whole_recipe(settings["recipe"]), settings["seed"]]
