@@ -142,6 +142,17 @@ def test_run_from_before_an_option_existed_had_its_default(
     assert "0 runs done" in capsys.readouterr().out
 
 
+def test_record_of_a_failed_run_names_no_folder_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def diverge(*args: object, out: Path, **options: object) -> None:
+        raise sweep.Diverged(f"the last good checkpoint is {out / 'step.pt'}")
+
+    monkeypatch.setattr(sweep, "fit", diverge)
+    assert run(monkeypatch, tmp_path, "tiny") == 1
+    for cell in sweep.PROGRAMMES["tiny"]:
+        failed = json.loads((tmp_path / "results" / "tiny" / f"{cell.name}.json").read_text())["failed"]
+        assert failed == f"the last good checkpoint is {Path(cell.name, 'step.pt')}"
+
+
 def test_run_that_diverges_is_written_down_and_the_next_one_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -151,7 +162,6 @@ def test_run_that_diverges_is_written_down_and_the_next_one_starts(
     files = sorted((tmp_path / "results" / "wild").iterdir(), key=lambda file: "lr-" not in file.name)
     diverged, fine = (json.loads(file.read_text()) for file in files)
     assert "infinite or NaN" in diverged["failed"]
-    assert str(tmp_path) not in diverged["failed"]
     assert diverged["environment"]["versions"] == fine["environment"]["versions"]
     assert fine["epochs"]
 
