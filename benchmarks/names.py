@@ -1,11 +1,11 @@
-"""Compare every net that has a name in torchvision or timm with theirs, given the same weights: logits and gradients.
+"""Compare every net that has a name in another library with theirs, given the same weights: logits and gradients.
 
-    python benchmarks/names.py                      # all names; resumes where the file ends
-    python benchmarks/names.py resnet50d densenet121
+    python benchmarks/names.py                            # all names; resumes where the files end
+    python benchmarks/names.py 'timm:resnet50*' --again   # some of them, whether the file has them or not
 
 Weights and affine parameters are random, statistics are those of two passes. A pair that is further apart in float32
-than rounding explains is compared again in float64, which tells rounding from a difference. The table in
-docs/names.md is made of the file that this writes.
+than rounding explains is compared again in float64, which tells rounding from a difference. The tables in
+docs/names.md are made of the files that this writes: one for torchvision and timm, one for the others.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable
+from fnmatch import fnmatch
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import timm
+import theirs
 import torch
-import torchvision
 from torch import nn
 
-from resblocks import interop
+from resblocks import DenseNet, interop
 from resblocks.interop.compare import largest
 from resblocks.training.environment import environment
 from resblocks.training.files import write_json
 
-RESULTS = Path(__file__).resolve().parent / "results" / "names_cpu_2026-11.json"
-TOO_LARGE = ("timm:resnetv2_152x4_bit",)  # weights and gradients of both in float64 take 30 GB; run by name only
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("timm", "transformers", "monai", "pytorchcv")
 FLOAT32, FLOAT64 = 1e-4, 1e-8  # how far apart rounding may put them
 
 
@@ -43,14 +43,15 @@ def randomise(model: nn.Module, x: torch.Tensor) -> None:
             model.train()(x)
 
 
-def compare(theirs: Callable[[], nn.Module], ours: Callable[[], nn.Module], seed: int) -> dict[str, Any]:
+def compare(name: str, seed: int) -> dict[str, Any]:
     """Load ours from theirs, give the weights back, and measure how far the two are apart."""
+    library, _, short = name.partition(":")
     torch.manual_seed(seed)
-    model, x = theirs(), torch.randn(2, 3, 64, 64)
+    model, net = theirs.BUILD[library](short), interop.NAMES[library][short]()
+    x = torch.randn(input_size(net))
     randomise(model, x)
-    net = ours()
-    notes = interop.load(net, model)
-    given, back = model.state_dict(), interop.to_timm(net)
+    notes = interop.load(net, model, vocabulary=library)
+    given, back = model.state_dict(), interop.to_vocabulary(net, library)
     exact = given.keys() == back.keys() and all(torch.equal(given[key], back[key]) for key in given)
     dtype = "float32"
     found = interop.differences(net, model, x)
@@ -67,39 +68,32 @@ def compare(theirs: Callable[[], nn.Module], ours: Callable[[], nn.Module], seed
     }
 
 
-def pairs() -> dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]]:
-    """Theirs and ours for every name, "torchvision:resnet50" or "timm:resnet50d"."""
-    found: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {}
-    for name, build in interop.TORCHVISION.items():
-        found[f"torchvision:{name}"] = (lambda name=name: torchvision.models.get_model(name, weights=None), build)
-    for name, build in interop.TIMM.items():
-        found[f"timm:{name}"] = (lambda name=name: timm.create_model(name), build)
-    return found
+def input_size(net: nn.Module) -> tuple[int, ...]:
+    """Two images of 64x64 pixels, or two volumes: of 32x32x32, or 64x64x64 where that would leave one position."""
+    first = next(weight for weight in net.parameters() if weight.dim() > 2)
+    volume = (64, 64, 64) if isinstance(net, DenseNet) else (32, 32, 32)
+    return (2, first.shape[1], *((64, 64) if first.dim() == 4 else volume))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="which names; none means all that the file lacks")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("pattern", nargs="?", default="*", help="of the names, 'timm:resnet50*'")
+    parser.add_argument("--again", action="store_true", help="also those that the files have")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    done = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else {}
-    for name, (theirs, ours) in pairs().items():
-        if not args.names and name in TOO_LARGE:
-            continue
-        if name.partition(":")[2] not in args.names if args.names else name in done:
+    for name in [name for name in theirs.names() if fnmatch(name, args.pattern)]:
+        library = name.partition(":")[0]
+        file = RESULTS / f"{theirs.theme(library)}_cpu_2026-11.json"
+        done = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else {}
+        if name in done and not args.again:
             continue
         start = time.perf_counter()
-        done[name] = {**compare(theirs, ours, args.seed), "seconds": round(time.perf_counter() - start, 1)}
+        row, made_with = compare(name, args.seed), environment(torch.device("cpu"))
+        done[name] = {**row, "seconds": round(time.perf_counter() - start, 1), "commit": made_with["commit"]}
         print(name, done[name], flush=True)
         gc.collect()
-        result = {
-            "environment": {**environment(torch.device("cpu")), "timm": timm.__version__},
-            "input_size": [2, 3, 64, 64],
-            "seed": args.seed,
-            "rows": done,
-        }
-        write_json(args.out, result)
+        made_with["versions"] |= {package: version(package) for package in PACKAGES}
+        write_json(file, {"environment": made_with, "seed": args.seed, "rows": done})
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ import gradients
 import options
 import performance_tables
 import runs
+import theirs
 from peers import verdict
 from performance_tables import markdown, read
 
-from resblocks import DenseNet, ResNet
-from resblocks.interop import TIMM, TIMM_OUT, TORCHVISION
+from resblocks import DenseNet, ResNet, interop
 from resblocks.training import RECIPES, Recipe
 from resblocks.training.__main__ import CHOICES, RECIPE_HELP
 
@@ -115,10 +115,12 @@ def options_table() -> str:
 
 def names_table(library: str) -> str:
     """For each name of a library the call that builds our net, and how far it is from theirs."""
-    measured = read("names")
+    measured = read(theirs.theme(library))["rows"]
     rows = []
-    for name, build in {"torchvision": TORCHVISION, "timm": TIMM}[library].items():
-        row = measured["rows"].get(f"{library}:{name}")
+    for name, build in interop.NAMES[library].items():
+        if theirs.is_another_head(f"{library}:{name}"):
+            continue
+        row = measured.get(f"{library}:{name}")
         apart = [f"{row[what]:.0e}" if row[what] else "0" for what in MEASURED] if row else ["not run"] * len(MEASURED)
         equal = {True: "yes", False: "no"}[row["equal"]] if row else "not run"
         rows.append([f"`{name}`", f"`{call(build)}`", *apart, row["dtype"] if row else "", equal])
@@ -127,7 +129,9 @@ def names_table(library: str) -> str:
 
 def names_out_table() -> str:
     """The residual names of timm that are out."""
-    return markdown(["name in timm", "why it is out"], [[f"`{name}`", why] for name, why in TIMM_OUT.items()], "ll")
+    return markdown(
+        ["name in timm", "why it is out"], [[f"`{name}`", why] for name, why in interop.TIMM_OUT.items()], "ll"
+    )
 
 
 def compat_table() -> str:
@@ -234,8 +238,7 @@ TABLES = {
     **{f"complexity-{kind}": partial(complexity_table, kind) for kind in ("imagenet", "cifar", "baselines")},
     "compat": compat_table,
     "names-out": names_out_table,
-    "names-timm": partial(names_table, "timm"),
-    "names-torchvision": partial(names_table, "torchvision"),
+    **{f"names-{library.replace('.', '-')}": partial(names_table, library) for library in theirs.BUILD},
     "options": options_table,
     "dense-memory": dense_memory_table,
     "gradients": gradients_table,

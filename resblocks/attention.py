@@ -21,18 +21,19 @@ class SE(nn.Module):
 
     Args:
         channels: of the input.
-        reduction: the hidden layer has channels / reduction units, but at least min(8, channels).
+        reduction: the hidden layer has channels / reduction units.
+        min_hidden: but not fewer than this, nor than there are channels.
 
     Shape: (N, channels, ...) -> same.
 
     Raises:
-        ValueError: channels or reduction are below 1.
+        ValueError: channels, reduction or min_hidden are below 1.
     """
 
-    def __init__(self, channels: int, reduction: int = 16) -> None:
+    def __init__(self, channels: int, reduction: int = 16, min_hidden: int = 8) -> None:
         super().__init__()
-        check_positive(channels=channels, reduction=reduction)
-        hidden = max(channels // reduction, min(8, channels))
+        check_positive(channels=channels, reduction=reduction, min_hidden=min_hidden)
+        hidden = max(channels // reduction, min(min_hidden, channels))
         self.reduce = nn.Linear(channels, hidden)
         self.act = nn.ReLU()
         self.expand = nn.Linear(hidden, channels)

@@ -164,7 +164,7 @@ class Layers:
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
+        kernel_size: Stride,
         stride: Stride = 1,
         *,
         dilation: int = 1,
@@ -172,8 +172,11 @@ class Layers:
     ) -> nn.Module:
         """Convolution that keeps the size at stride 1; biased only where the recipe has no norm."""
         check_positive(in_channels=in_channels, out_channels=out_channels, dilation=dilation, groups=groups)
-        if kernel_size % 2 == 0:
+        size = one_stride(kernel_size, self.dims, "kernel_size")
+        sizes = (size,) if isinstance(size, int) else size
+        if any(n % 2 == 0 for n in sizes):
             raise ValueError(f"kernel_size must be odd to keep the size of the map, got {kernel_size}")
+        padding = tuple(dilation * (n // 2) for n in sizes)
         for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
             if channels % groups:
                 raise ValueError(
@@ -183,10 +186,10 @@ class Layers:
             self._conv,
             in_channels,
             out_channels,
-            kernel_size,
+            size,
             option="conv",
             stride=one_stride(stride, self.dims),
-            padding=dilation * (kernel_size // 2),
+            padding=padding[0] if len(padding) == 1 else padding,
             dilation=dilation,
             groups=groups,
             bias=not self.has_norm,

@@ -125,8 +125,9 @@ def test_emulated_bfloat16_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_pair_whose_weights_do_not_come_back_is_not_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    back = names.interop.to_timm
-    monkeypatch.setattr(names.interop, "to_timm", lambda net: {key: 2 * value for key, value in back(net).items()})
-    found = names.compare(*names.pairs()["torchvision:resnet18"], seed=0)
+    back = names.interop.to_vocabulary
+    twice = lambda *args: {key: 2 * value for key, value in back(*args).items()}  # noqa: E731
+    monkeypatch.setattr(names.interop, "to_vocabulary", twice)
+    found = names.compare("torchvision:resnet18", seed=0)
     assert (found["notes"], found["dtype"]) == ([], "float32")  # otherwise they are
     assert (found["weights_back_exact"], found["equal"]) == (False, False)

@@ -1,4 +1,4 @@
-"""Weights, names and files of torchvision, timm and the Hugging Face Hub, in and out.
+"""Weights, names and files of other libraries and of the Hugging Face Hub, in and out.
 
 The core does not import it, but to word the error for a name that it does not have.
 """
@@ -6,12 +6,17 @@ The core does not import it, but to word the error for a name that it does not h
 from resblocks.interop.compare import differences
 from resblocks.interop.hub import from_pretrained, push_to_hub, save_pretrained
 from resblocks.interop.names import TIMM, TIMM_OUT, TORCHVISION
-from resblocks.interop.weights import load, pretrained, to_timm, to_torchvision
+from resblocks.interop.official import pretrained
+from resblocks.interop.other_names import NAMES, biased_projection, centred_padding
+from resblocks.interop.weights import load, to_timm, to_torchvision, to_vocabulary
 
 __all__ = [
+    "NAMES",
     "TIMM",
     "TIMM_OUT",
     "TORCHVISION",
+    "biased_projection",
+    "centred_padding",
     "differences",
     "from_pretrained",
     "load",
@@ -20,4 +25,5 @@ __all__ = [
     "save_pretrained",
     "to_timm",
     "to_torchvision",
+    "to_vocabulary",
 ]

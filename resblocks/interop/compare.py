@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from resblocks.interop.weights import find_names
+from resblocks.interop.weights import Vocabulary, find_names
 from resblocks.undisturbed import restored, unwrapped
 
 
-def differences(net: nn.Module, model: nn.Module, x: Tensor) -> dict[str, float]:
+def differences(
+    net: nn.Module, model: nn.Module, x: Tensor, *, vocabulary: Vocabulary | None = None
+) -> dict[str, float]:
     """How far our net and a model with the same weights are apart, each as norm of the difference over the norm.
 
     The gradients are those of a random weighted sum of the logits, in training mode, of frozen parameters too. Both
@@ -18,8 +20,9 @@ def differences(net: nn.Module, model: nn.Module, x: Tensor) -> dict[str, float]
 
     Args:
         net: our net, loaded from the model.
-        model: of torchvision or timm.
+        model: of another library; it puts out a tensor.
         x: an input of both.
+        vocabulary: whose names the model has, as in `load`.
 
     Raises:
         ValueError: no names in common, or no parameters.
@@ -29,7 +32,7 @@ def differences(net: nn.Module, model: nn.Module, x: Tensor) -> dict[str, float]
         parameters of both, and "input_gradient".
     """
     net, model = unwrapped(net), unwrapped(model)
-    theirs = find_names(net, model.state_dict(), None).theirs
+    theirs = find_names(net, model.state_dict(), vocabulary).theirs
     with restored(net), restored(model), torch.no_grad():
         logits = [module.eval()(x) for module in (net, model)]
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.enable_grad():

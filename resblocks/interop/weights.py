@@ -1,10 +1,10 @@
-"""Weights of torchvision and timm into our nets and back: exact, strict, and from files that run no code."""
+"""Weights of other libraries into our nets and back: exact, strict, and from files that run no code."""
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,23 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from resblocks.fused import FusedConv
-from resblocks.interop.names import TIMM, TORCHVISION
-from resblocks.interop.words import (
-    VOCABULARIES,
-    Table,
-    as_theirs,
-    key_map,
-    keys,
-    nameless_layers,
-    reversed_table,
-    translate_key,
-)
+from resblocks.interop.vocabularies import POINTWISE, VOCABULARIES
+from resblocks.interop.words import Table, check_table, key_map, nameless_layers, reversed_table, translate_key
 from resblocks.layers import WeightStandardised
-from resblocks.nets import Network
 from resblocks.undisturbed import unwrapped
 
 Source = Mapping[str, Tensor] | nn.Module | str | Path
-Vocabulary = Literal["torchvision", "timm", "resblocks"]
+Library = Literal[
+    "torchvision", "torchvision.video", "timm", "transformers", "monai", "pytorchcv", "pytorch-cifar", "resblocks"
+]
+Vocabulary = Library | Table
 FirstConv = Literal["same", "sum", "repeat"]
 
 
@@ -47,6 +40,11 @@ class Names(NamedTuple):
         """A key of theirs with its name here, found by the table unless it is given, and there."""
         return f"{ours or self.ours(key) or 'no name of ours'} ({self.vocabulary}: {key})"
 
+    def as_theirs(self, key: str, tensor: Tensor) -> Tensor:
+        """Our tensor in the shape that it has under their key."""
+        pointwise = tensor.dim() == 2 and self.vocabulary in VOCABULARIES and POINTWISE.fullmatch(key)
+        return tensor[:, :, None, None] if pointwise else tensor
+
 
 def load(
     net: nn.Module,
@@ -64,7 +62,9 @@ def load(
         net: one of our nets, also inside `torch.compile` or a data-parallel wrapper, but not a fused one.
         source: a state dict, a model, or a file: .safetensors, or what `torch.save` wrote of a state dict, which is
             read with `weights_only=True`.
-        vocabulary: whose names the source has; None finds out.
+        vocabulary: whose names the source has; None finds out. For those of another library a table of your own:
+            {"stem.conv": "body.first", "stages.{s}.{b}.branch.conv{n}": "body.stage{s+1}.{b}.conv{n}", ...} says of
+            our layers what they are called there, with the numbers of stage, block and layer in braces.
         first_conv: what to do if the net has other input channels than the source: "same" refuses, "sum" adds the
             kernels of the source's channels (one input channel: a grey image gives what its three-channel copy
             gave), "repeat" goes round the source's channels and keeps the size of the response.
@@ -142,7 +142,7 @@ def match(
     for key, their_key in names.theirs.items():
         name, tensor = names.both(their_key, key), ours[key]
         if their_key in given:
-            wanted = as_theirs(their_key, tensor).shape
+            wanted = names.as_theirs(their_key, tensor).shape
             fitted, note = fit_first_conv(given[their_key], wanted, first_conv if key == first else "same")
             notes += [f"{name}: {said}" for said in (note, narrowed(fitted, tensor)) if said]
             if fault := misfit(name, fitted, wanted, tensor):
@@ -193,58 +193,27 @@ def narrowed(given: Tensor, tensor: Tensor) -> str | None:
     return f"rounded from {given.dtype} to {tensor.dtype}" if less else None
 
 
-def to_torchvision(net: nn.Module) -> dict[str, Tensor]:
-    """The state dict of our net under torchvision's names.
+def to_vocabulary(net: nn.Module, vocabulary: Vocabulary) -> dict[str, Tensor]:
+    """The state dict of our net under the names of another library, or of a table of your own as in `load`.
 
     Raises:
-        ValueError: torchvision has no name for a layer of the net.
+        ValueError: the vocabulary has no name for a layer of the net, or there is none like it.
     """
-    return _renamed(net, "torchvision")
+    net = unwrapped(net)
+    names = next(iter(speakers(net, vocabulary)), None)
+    if names is None:
+        raise ValueError(nameless(net, vocabulary))
+    return {names.theirs[key]: names.as_theirs(names.theirs[key], tensor) for key, tensor in net.state_dict().items()}
+
+
+def to_torchvision(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict of our net under torchvision's names: `to_vocabulary(net, "torchvision")`."""
+    return to_vocabulary(net, "torchvision")
 
 
 def to_timm(net: nn.Module) -> dict[str, Tensor]:
-    """The state dict of our net under timm's names.
-
-    Raises:
-        ValueError: timm has no name for a layer of the net.
-    """
-    return _renamed(net, "timm")
-
-
-def pretrained(
-    name: str,
-    source: Literal["torchvision", "timm"] = "torchvision",
-    *,
-    first_conv: FirstConv = "same",
-    **options: object,
-) -> Network:
-    """Our net of that name with the official weights, fetched by torchvision's or timm's own code.
-
-    Args:
-        name: as the source spells it: "resnet50", or with the weights' tag "resnet50.IMAGENET1K_V1" (torchvision)
-            and "resnet50d.ra2_in1k" (timm); without a tag the source's default.
-        source: who has the weights.
-        first_conv: as in `load`, for `in_channels`.
-        options: of the net; with another `num_classes` the head is new.
-
-    Raises:
-        ValueError: a name or tag that is not there.
-        ModuleNotFoundError: the source is not installed.
-        ConnectionError: the weights could not be fetched.
-    """
-    tables = {"torchvision": TORCHVISION, "timm": TIMM}
-    if source not in tables:
-        raise ValueError(f"source must be torchvision or timm, got {source!r}")
-    base, _, tag = name.partition(".")
-    if base not in tables[source]:
-        raise ValueError(f"name must be one of the {len(tables[source])} names of {source} in interop, got {base!r}")
-    fetch = {"torchvision": _fetch_from_torchvision, "timm": _fetch_from_timm}[source]
-    given = fetch(base, tag)
-    heads = [bias for key, bias in given.items() if key in ("fc.bias", "head.fc.bias", "classifier.bias")]
-    classes = len(heads[0]) if heads else 0
-    net = tables[source][base](**{"num_classes": classes, **options})
-    load(net, given, vocabulary=source, first_conv=first_conv, drop_head=net.num_classes != classes)
-    return net
+    """The state dict of our net under timm's names: `to_vocabulary(net, "timm")`."""
+    return to_vocabulary(net, "timm")
 
 
 def read(source: Source) -> Mapping[str, Any]:
@@ -262,7 +231,8 @@ def read(source: Source) -> Mapping[str, Any]:
     return source
 
 
-CHECKPOINT_KEYS = ("state_dict", "model", "model_state_dict")  # of timm and Lightning, torchvision, torch's tutorial
+# Of timm and Lightning, torchvision, torch's tutorial, pytorch-cifar.
+CHECKPOINT_KEYS = ("state_dict", "model", "model_state_dict", "net")
 
 
 def unpacked(given: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
@@ -296,7 +266,12 @@ def plain_names(given: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def find_names(
-    net: nn.Module, given: Mapping[str, Tensor], vocabulary: str | None, *, head: bool = True, partial: bool = False
+    net: nn.Module,
+    given: Mapping[str, Tensor],
+    vocabulary: Vocabulary | None,
+    *,
+    head: bool = True,
+    partial: bool = False,
 ) -> Names:
     """The names of the net's weights in the vocabulary asked for, or in the one that the source speaks.
 
@@ -306,29 +281,50 @@ def find_names(
     Raises:
         ValueError: an unknown vocabulary, one without a name for a layer of the net, a source in none.
     """
-    known = (*VOCABULARIES, "resblocks")
-    if vocabulary is not None and vocabulary not in known:
-        raise ValueError(f"vocabulary must be one of {', '.join(known)} or None, got {vocabulary!r}")
-    candidates = [Names("resblocks", {key: key for key in keys(net, head=head)}, None)]
-    for name, tables in VOCABULARIES.items():
-        for table in tables:
-            theirs = key_map(net, table, head=head, partial=partial)
-            candidates += [Names(name, theirs, table)] if theirs else []
-    spoken = [names for names in candidates if vocabulary in (None, names.vocabulary)]
+    spoken = speakers(net, vocabulary, head=head, partial=partial)
     if not spoken:
-        raise ValueError(_nameless(net, str(vocabulary)))
+        raise ValueError(nameless(net, vocabulary))
     best = max(spoken, key=lambda names: len(given.keys() & set(names.theirs.values())))
     if vocabulary is None and not given.keys() & set(best.theirs.values()):
         tried = ", ".join(dict.fromkeys(names.vocabulary for names in spoken))
         firsts = {key for names in spoken for key in [*names.theirs.values()][:1]}
         prefixes = {key.removesuffix(first) for key in given for first in firsts if key.endswith(f".{first}")}
         hint = f"; prefix={min(prefixes, key=len)!r} would find its names" if prefixes else ""  # the net, not a block
-        missing = dict.fromkeys(VOCABULARIES.keys() - {names.vocabulary for names in spoken})
-        hint += "".join(f"; in {name} {_fewest(net, name)} would have no name" for name in sorted(missing))
+        some = speakers(net, None, head=head, partial=True)
+        near = [names.vocabulary for names in some if given.keys() & set(names.theirs.values())]
+        hint += "".join(f"; in {name} {_fewest(net, VOCABULARIES[name])} would have no name" for name in near[:1])
         raise ValueError(
-            f"source must have the names of {tried} for this net, got {len(given)} keys such as {list(given)[:3]}{hint}"
+            f"source must have the names of {tried} for this net, or of a table that you give as vocabulary, "
+            f"got {len(given)} keys such as {list(given)[:3]}{hint}"
         )
     return best
+
+
+def speakers(net: nn.Module, asked: Vocabulary | None, *, head: bool = True, partial: bool = False) -> list[Names]:
+    """The net's names by each table asked for that has them all, with `partial` by each that has some."""
+    maps = [
+        Names(vocabulary, key_map(net, table, head=head, partial=partial), table)
+        for vocabulary, tables in tables_of(asked).items()
+        for table in tables
+    ]
+    return [names for names in maps if names.theirs]
+
+
+def tables_of(asked: Vocabulary | None) -> Mapping[str, tuple[Table | None, ...]]:
+    """The tables of a vocabulary, or of all, by its name; that of our own names is None.
+
+    Raises:
+        ValueError: there is no such vocabulary, or the table is none.
+    """
+    known = {"resblocks": (None,), **VOCABULARIES}
+    if asked is None:
+        return known
+    if isinstance(asked, Mapping):
+        check_table(asked)
+        return {"your table": (asked,)}
+    if asked not in known:
+        raise ValueError(f"vocabulary must be one of {', '.join(known)}, a table or None, got {asked!r}")
+    return {asked: known[asked]}
 
 
 def fit_first_conv(kernel: Tensor, wanted: torch.Size, how: str) -> tuple[Tensor, str | None]:
@@ -346,22 +342,15 @@ def fit_first_conv(kernel: Tensor, wanted: torch.Size, how: str) -> tuple[Tensor
     return kernel[:, channels] * (had / wants), f"its {had} input channels repeated to {wants}, times {had}/{wants}"
 
 
-def _renamed(net: nn.Module, vocabulary: str) -> dict[str, Tensor]:
-    net = unwrapped(net)
-    for table in VOCABULARIES[vocabulary]:
-        theirs = key_map(net, table)
-        if theirs:
-            return {theirs[key]: as_theirs(theirs[key], tensor) for key, tensor in net.state_dict().items()}
-    raise ValueError(_nameless(net, vocabulary))
+def nameless(net: nn.Module, vocabulary: Vocabulary | None) -> str:
+    """Which layers of the net keep it from being said in the vocabulary."""
+    (name, tables), *_ = tables_of(vocabulary).items()
+    return f"every layer of the net must have a name in {name}, but these have none: {_fewest(net, tables)}"
 
 
-def _nameless(net: nn.Module, vocabulary: str) -> str:
-    return f"every layer of the net must have a name in {vocabulary}, but these have none: {_fewest(net, vocabulary)}"
-
-
-def _fewest(net: nn.Module, vocabulary: str) -> str:
-    """The layers without a name in the vocabulary's table that fits best."""
-    fewest = min((nameless_layers(net, table) for table in VOCABULARIES[vocabulary]), key=len)
+def _fewest(net: nn.Module, tables: Iterable[Table | None]) -> str:
+    """The layers without a name in the table that fits best."""
+    fewest = min((nameless_layers(net, table) for table in tables if table is not None), key=len)
     return ", ".join(fewest[:3]) + (", ..." if len(fewest) > 3 else "")
 
 
@@ -376,8 +365,10 @@ def _hint(key: str, in_channels: int = 0) -> str:
 def _read_file(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if path.suffix not in (".pt", ".pth", ".ckpt", ".bin", ".tar"):
-        raise ValueError(f"a file of weights must be .safetensors, .pt, .pth, .ckpt, .bin or .tar, got {path.name!r}")
+    if path.suffix not in (".pt", ".pth", ".th", ".ckpt", ".bin", ".tar"):
+        raise ValueError(
+            f"a file of weights must be .safetensors, .pt, .pth, .th, .ckpt, .bin or .tar, got {path.name!r}"
+        )
     try:
         given: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -420,36 +411,3 @@ def _what_it_holds(path: Path, error: pickle.UnpicklingError) -> str:
 def _plain_dense_name(key: str) -> str:
     # The files that torchvision publishes for its DenseNets say "norm.1" where its code says "norm1".
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)
-
-
-def _fetch_from_torchvision(name: str, tag: str) -> Mapping[str, Tensor]:
-    try:
-        from torchvision.models import get_model_weights
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"weights of torchvision need it installed: pip install torchvision ({error})"
-        ) from error
-    published = get_model_weights(name)
-    if tag and tag not in published.__members__:
-        raise ValueError(f"tag must be one of {', '.join(published.__members__)} for {name}, got {tag!r}")
-    weights = published[tag or "DEFAULT"]
-    try:
-        given: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
-    except OSError as error:
-        raise ConnectionError(f"weights {weights} could not be fetched from {weights.url}: {error}") from error
-    return plain_names(given)
-
-
-def _fetch_from_timm(name: str, tag: str) -> Mapping[str, Tensor]:
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"weights of timm need it installed: pip install timm ({error})") from error
-    asked = f"{name}.{tag}" if tag else name
-    published = timm.list_models(f"{asked}*" if tag else f"{name}.*", pretrained=True)
-    if not published:
-        raise ValueError(f"name must be one with weights in timm (timm.list_models(pretrained=True)), got {asked!r}")
-    try:
-        return plain_names(timm.create_model(asked, pretrained=True).state_dict())
-    except Exception as error:  # the hub's clients raise their own classes, which change between versions
-        raise ConnectionError(f"weights {asked} of timm could not be fetched: {error}") from error

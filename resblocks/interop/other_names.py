@@ -1,0 +1,185 @@
+"""The names of transformers, MONAI, pytorchcv and torchvision's video nets: each is the call that builds the net."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resblocks.attention import SE
+from resblocks.blocks import Bottleneck
+from resblocks.interop.names import R10, R26, R200, TIMM, TORCHVISION
+from resblocks.layers import Stride, max_pool, named
+from resblocks.models import (
+    MODELS,
+    R18,
+    R34,
+    R50,
+    R101,
+    R152,
+    Build,
+    basic_resnet,
+    bottleneck_resnet,
+    cifar_densenet,
+    cifar_preact_bottleneck_resnet,
+    cifar_preact_resnet,
+    cifar_resnet,
+    cifar_resnext,
+    grid,
+    resnext,
+    small_resnet,
+    wide_resnet,
+)
+from resblocks.nets import DenseNet, ResNet
+from resblocks.options import Layers, with_layers
+from resblocks.shortcuts import ZeroPad
+
+# --- the parts in which these nets differ from the papers'
+
+
+@with_layers
+def video_stem(make: Layers, in_channels: int, width: int) -> nn.Module:
+    """A 3x7x7 convolution that keeps the frames, without a pool (Tran et al. 2018, table 1)."""
+    conv = make.conv(in_channels, width, (3, 7, 7), (1, 2, 2))
+    return named(conv=conv, norm=make.norm(width), act=make.activation())
+
+
+@with_layers
+def unstrided_stem(make: Layers, in_channels: int, width: int) -> nn.Module:
+    """The ImageNet stem with its stride in the pool alone, MONAI's default for volumes."""
+    pool = make.build(max_pool, 3, stride=2, padding=1)
+    return named(conv=make.conv(in_channels, width, 7), norm=make.norm(width), act=make.activation(), pool=pool)
+
+
+@with_layers
+def biased_projection(make: Layers, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Option B whose convolution has a bias although a norm follows: MONAI's default, its `bias_downsample`."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    conv: Any = make.conv(in_channels, out_channels, 1, stride)
+    conv.bias = nn.Parameter(torch.zeros(out_channels, device=conv.weight.device, dtype=conv.weight.dtype))
+    return named(conv=conv, norm=make.norm(out_channels))
+
+
+class CentredPad(ZeroPad):
+    """Option A with half of the zeros before the old channels, as in akamaster/pytorch_resnet_cifar10."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).roll(self.new_channels // 2, 1)
+
+
+def centred_padding(in_channels: int, out_channels: int, stride: Stride) -> nn.Module:
+    """`CentredPad` where the shape changes: `create_model("resnet20", shortcut=centred_padding)`."""
+    same = stride == 1 and in_channels == out_channels
+    return nn.Identity() if same else CentredPad(in_channels, out_channels, stride)
+
+
+# --- the tables
+
+R3333 = (3, 3, 3, 3)
+VIDEO: dict[str, Build] = {"r3d_18": basic_resnet(R18, dims=3, stem=video_stem, num_classes=400)}
+
+TRANSFORMERS: dict[str, Build] = {
+    "resnet-18": basic_resnet(R18),
+    "resnet-26": bottleneck_resnet(R26),
+    "resnet-34": basic_resnet(R34),
+    "resnet-50": bottleneck_resnet(R50),
+    "resnet-101": bottleneck_resnet(R101),
+    "resnet-152": bottleneck_resnet(R152),
+}
+
+# As the weights of MedicalNet want them (Chen et al. 2019): volumes of one channel, no head, shortcut A in two of them.
+VOLUME: dict[str, Any] = {"dims": 3, "in_channels": 1, "num_classes": 0, "stem": unstrided_stem}
+MONAI: dict[str, Build] = {
+    "resnet10": basic_resnet(R10, **VOLUME),
+    "resnet18": basic_resnet(R18, **VOLUME, shortcut="A"),
+    "resnet34": basic_resnet(R34, **VOLUME, shortcut="A"),
+    "resnet50": bottleneck_resnet(R50, **VOLUME),
+    "resnet101": bottleneck_resnet(R101, **VOLUME),
+    "resnet152": bottleneck_resnet(R152, **VOLUME),
+    "resnet200": bottleneck_resnet(R200, **VOLUME),
+    **{name: partial(MODELS[name], dims=3, in_channels=1) for name in ("densenet121", "densenet169", "densenet201")},
+    "densenet264": partial(DenseNet, growth_rate=32, depths=(6, 12, 64, 48), dims=3, in_channels=1),
+}
+
+# pytorchcv 0.0.74: the nets with strides in the 3x3 of their bottlenecks, as here, and without a norm in the stem of
+# pre-activation nets.
+CV_SE: dict[str, Any] = {"attention": partial(SE, min_hidden=1)}
+CV_BASIC = {"10": R10, "12": (2, 1, 1, 1), "14": (2, 2, 1, 1), "16": (2, 2, 2, 1), "18": R18, "26": R3333, "34": R34}
+CV_BOTTLENECK = {"bc26b": R26, "bc38b": R3333, "50b": R50, "101b": R101, "152b": R152, "200b": R200}
+CV_RESNEXT = {"14": R10, "26": R26, "38": R3333, "50": R50, "101": R101}
+
+
+def cifar_bottleneck_resnet(depth: int, **options: Any) -> ResNet:
+    """The CIFAR ResNet of 9n + 2 layers with bottlenecks, after its pre-activation twin (He et al. 2016, table 4)."""
+    return small_resnet(Bottleneck, grid(depth, 9, 2), (64, 128, 256), **options)
+
+
+def cifar_family(prefix: str, basic: Build, bottleneck: Build, **options: Any) -> dict[str, Build]:
+    """One family of CIFAR nets: basic blocks at four depths, bottlenecks at the others."""
+    return {
+        **{f"{prefix}{depth}": partial(basic, depth, **options) for depth in (20, 56, 110, 1202)},
+        **{f"{prefix}{depth}bn": partial(bottleneck, depth, **options) for depth in (164, 272, 542)},
+        f"{prefix}1001": partial(bottleneck, 1001, **options),
+    }
+
+
+def compressed_densenet(depth: int, growth_rate: int) -> Build:
+    """A plain DenseNet that has the stem and the compression of DenseNet-BC."""
+    how: dict[str, Any] = {"bottleneck": False, "compression": 0.5, "stem_width": 2 * growth_rate}
+    return partial(cifar_densenet, depth, growth_rate, **how)
+
+
+CV_CIFAR: dict[str, Build] = {
+    **cifar_family("resnet", cifar_resnet, cifar_bottleneck_resnet, shortcut="B"),
+    **cifar_family("preresnet", cifar_preact_resnet, cifar_preact_bottleneck_resnet),
+    **cifar_family("seresnet", cifar_resnet, cifar_bottleneck_resnet, shortcut="B", **CV_SE),
+    **{
+        f"resnext{depth}_{groups}x{width}d": partial(cifar_resnext, depth, groups, width)
+        for depth, groups, width in (
+            *((20, 16, 4), (20, 32, 2), (20, 32, 4), (29, 32, 4), (29, 16, 64), (272, 1, 64), (272, 2, 32)),
+        )
+    },
+    **{f"wrn{depth}_{factor}": partial(wide_resnet, depth, factor) for depth, factor in ((16, 10), (28, 10), (40, 8))},
+    **{f"densenet{depth}_k{k}": compressed_densenet(depth, k) for depth, k in ((40, 12), (100, 12), (100, 24))},
+    **{
+        f"densenet{depth}_k{k}_bc": partial(cifar_densenet, depth, k)
+        for depth, k in ((40, 12), (40, 24), (40, 36), (100, 12), (190, 40), (250, 24))
+    },
+}
+CV_CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10}
+PYTORCHCV: dict[str, Build] = {
+    **{f"resnet{name}": basic_resnet(depths) for name, depths in CV_BASIC.items()},
+    **{f"resnet{name}": bottleneck_resnet(depths) for name, depths in CV_BOTTLENECK.items()},
+    **{f"seresnet{name}": basic_resnet(depths, **CV_SE) for name, depths in CV_BASIC.items()},
+    **{f"seresnet{name}": bottleneck_resnet(depths, **CV_SE) for name, depths in CV_BOTTLENECK.items()},
+    **{
+        f"resnext{depth}_{groups}x{width}d": resnext(CV_RESNEXT[depth], groups, width)
+        for depth, groups, width in (
+            *(("14", 16, 4), ("14", 32, 2), ("14", 32, 4), ("26", 16, 4), ("26", 32, 2), ("26", 32, 4), ("38", 32, 4)),
+            *(("50", 32, 4), ("101", 32, 4), ("101", 64, 4)),
+        )
+    },
+    **{
+        f"seresnext{depth}_{groups}x4d": resnext(CV_RESNEXT[depth], groups, 4, **CV_SE)
+        for depth, groups in (("50", 32), ("101", 32), ("101", 64))
+    },
+    **{name: MODELS[name] for name in ("densenet121", "densenet161", "densenet169", "densenet201")},
+    **{
+        f"{name}_{images}": partial(build, num_classes=classes)
+        for name, build in CV_CIFAR.items()
+        for images, classes in CV_CLASSES.items()
+    },
+}
+
+# By the vocabulary that its nets speak.
+NAMES: dict[str, dict[str, Build]] = {
+    "torchvision": TORCHVISION,
+    "torchvision.video": VIDEO,
+    "timm": TIMM,
+    "transformers": TRANSFORMERS,
+    "monai": MONAI,
+    "pytorchcv": PYTORCHCV,
+}

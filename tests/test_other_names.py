@@ -1,0 +1,182 @@
+"""Nets of transformers, MONAI, pytorchcv and torchvision.video are the nets that the tables say; so are your own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import theirs
+import torch
+from test_interop import assert_same, randomise, shapes
+from torch import nn
+
+from resblocks import DenseNet, create_model, draw_like_torch
+from resblocks.interop import NAMES, biased_projection, centred_padding, differences, load, to_vocabulary
+from resblocks.interop.vocabularies import VOCABULARIES
+from resblocks.interop.words import translate
+
+pytest.importorskip("monai")
+pytest.importorskip("pytorchcv")
+pytest.importorskip("transformers")
+
+# One or two for each thing that a table can get wrong: stem, block, shortcut, attention, transition, head.
+FAMILIES = (
+    *("transformers:resnet-18", "transformers:resnet-26", "monai:resnet10", "pytorchcv:resnet10"),
+    *("pytorchcv:resnetbc26b", "pytorchcv:seresnet10", "pytorchcv:resnext14_32x2d", "pytorchcv:resnet20_cifar10"),
+    *("pytorchcv:resnet164bn_cifar10", "pytorchcv:preresnet20_svhn", "pytorchcv:preresnet164bn_cifar10"),
+    *("pytorchcv:seresnet20_cifar10", "pytorchcv:resnext20_32x2d_cifar100", "pytorchcv:wrn16_10_cifar10"),
+    *("pytorchcv:densenet40_k12_cifar10", "pytorchcv:densenet40_k12_bc_cifar10"),
+)
+
+
+def pair(name: str) -> tuple[nn.Module, nn.Module]:
+    library, _, short = name.partition(":")
+    return theirs.BUILD[library](short), NAMES[library][short]()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_net_gives_equal_logits_and_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    model, net = pair(name)
+    assert load(net, randomise(model)) == []
+    size = (1, 16, 16, 16) if name.startswith("monai") else (3, 32, 32)
+    assert_same(net, model, torch.randn(2, *size))
+
+
+def test_video_net_gives_equal_logits_and_gradients() -> None:
+    from torchvision.models.video import resnet
+
+    torch.manual_seed(0)
+    model = resnet.VideoResNet(resnet.BasicBlock, [resnet.Conv3DSimple] * 4, [1, 1, 1, 1], resnet.BasicStem)
+    net = NAMES["torchvision.video"]["r3d_18"](depths=(1, 1, 1, 1))
+    assert load(net, randomise(model)) == []
+    assert shapes(to_vocabulary(net, "torchvision.video")) == shapes(model.state_dict())
+    assert_same(net, model, torch.randn(2, 3, 4, 16, 16))
+
+
+def test_dense_net_of_monai_gives_equal_logits_and_gradients() -> None:
+    from monai.networks.nets import DenseNet as Monai
+
+    torch.manual_seed(0)
+    model = Monai(spatial_dims=1, in_channels=1, out_channels=4, init_features=16, growth_rate=8, block_config=(2, 2))
+    net = DenseNet(growth_rate=8, depths=(2, 2), in_channels=1, num_classes=4, dims=1)
+    assert load(net, randomise(model)) == []
+    assert shapes(to_vocabulary(net, "monai")) == shapes(model.state_dict())
+    assert_same(net, model, torch.randn(4, 1, 64))
+
+
+OTHERS = [name for name in theirs.names() if not name.startswith(("torchvision:", "timm:"))]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAMILIES else pytest.mark.slow) for name in OTHERS]
+)
+def test_name_has_its_keys_and_shapes(name: str) -> None:
+    with torch.device("meta"):
+        model, net = pair(name)
+    assert shapes(to_vocabulary(net, name.partition(":")[0])) == shapes(model.state_dict())
+
+
+def test_medical_net_with_padded_shortcuts_gives_equal_logits_and_gradients_that_monai_cuts() -> None:
+    torch.manual_seed(0)
+    model, net = pair("monai:resnet18")
+    assert load(net, randomise(model)) == []
+    found = differences(net, model, torch.randn(2, 1, 16, 16, 16))
+    assert max(found["logits"], found["train_logits"]) < 1e-6
+    assert found["input_gradient"] > 0.1  # MONAI's shortcut A takes x.data: no gradient flows through it
+
+
+def test_biased_projection_is_that_of_monai() -> None:
+    from monai.networks.nets import resnet10
+
+    torch.manual_seed(0)
+    model = randomise(resnet10(spatial_dims=2, n_input_channels=3, num_classes=5))
+    net = NAMES["monai"]["resnet10"](dims=2, in_channels=3, num_classes=5, shortcut=biased_projection)
+    assert load(net, model) == []
+    assert_same(net, model, torch.randn(2, 3, 32, 32))
+    net.init_weights(draw_like_torch)
+    assert net.get_parameter("stages.1.0.shortcut.conv.bias") is not None
+
+
+# --- the scripts for CIFAR that many repositories took over
+
+
+def like_pytorch_cifar(name: str) -> str:
+    """torchvision's name of a layer, as kuangliu/pytorch-cifar spells it."""
+    return name.replace("downsample", "shortcut").replace("fc.", "linear.")
+
+
+def test_checkpoint_of_pytorch_cifar_loads() -> None:
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    model = randomise(resnet18(num_classes=10))
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    state = {f"module.{like_pytorch_cifar(key)}": tensor for key, tensor in model.state_dict().items()}
+    net = create_model("resnet18", stem="cifar", num_classes=10)
+    assert load(net, {"net": state, "acc": 93.0, "epoch": 7}) == []
+    assert_same(net, model, torch.randn(2, 3, 16, 16))
+    assert {f"module.{key}" for key in to_vocabulary(net, "pytorch-cifar")} == state.keys()
+
+
+def test_centred_padding_is_that_of_akamaster() -> None:
+    x = torch.randn(2, 8, 6, 6)
+    padded = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+    assert torch.equal(centred_padding(8, 16, 2)(x), padded)
+    assert isinstance(centred_padding(8, 8, 1), nn.Identity)
+    net = create_model("resnet20", shortcut=centred_padding)
+    assert load(net, to_vocabulary(create_model("resnet20"), "pytorch-cifar")) == []
+
+
+# --- tables of one's own
+
+OWN = {
+    "stem.conv": "body.first",
+    "stem.norm": "body.first_bn",
+    "stages.{s}.{b}.branch.conv{n}": "body.level{s+1}.unit{b+1}.c{n-1}",
+    "stages.{s}.{b}.branch.norm{n}": "body.level{s+1}.unit{b+1}.b{n-1}",
+    "head": "top",
+}
+
+
+def test_table_of_ones_own_is_read_in_both_directions() -> None:
+    net, other = create_model("resnet20"), create_model("resnet20")
+    state = to_vocabulary(other, OWN)
+    assert {"body.first.weight", "body.level2.unit1.c0.weight", "top.bias"} < state.keys()
+    assert load(net, state, vocabulary=OWN) == []
+    assert all(torch.equal(weight, other.get_parameter(name)) for name, weight in net.named_parameters())
+    with pytest.raises(
+        ValueError, match=r"missing in the source: stages\.1\.0\.branch\.conv1.* \(your table: body\.lev"
+    ):
+        load(net, {key: tensor for key, tensor in state.items() if "level2" not in key}, vocabulary=OWN)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"stem.conv": "a"}, "must have a name in your table, but these have none: stem.norm"),
+        ({"stages.{s}.{b}": "layer{s}"}, "must have the same numbers in both names, got 'stages.{s}.{b}': 'layer{s}'"),
+        ({"stem.conv": 3}, "must give names of layers as text, got 'stem.conv': 3"),
+    ],
+)
+@pytest.mark.parametrize("call", [lambda net, t: to_vocabulary(net, t), lambda net, t: load(net, {}, vocabulary=t)])
+def test_table_that_cannot_be_is_refused(table: Any, said: str, call: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=said.replace("{", r"\{").replace("}", r"\}")):
+        call(create_model("resnet20"), table)
+
+
+def test_number_that_comes_twice_in_a_name_is_one_number() -> None:
+    table = {"a{s}": "stage{s+1}.trans{s+1}"}
+    assert translate("a3", table) == "stage4.trans4"
+    back = {theirs: ours for ours, theirs in table.items()}
+    assert translate("stage4.trans4", back) == "a3"
+    assert translate("stage4.trans5", back) is None
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_no_two_layers_of_a_table_have_one_name(vocabulary: str) -> None:
+    may_share = {"stages.{s}.{b}.preact.norm{n}", "stem.conv"}  # a norm is in either place, one or three convolutions
+    for table in VOCABULARIES[vocabulary]:
+        names = [name for ours, name in table.items() if ours not in may_share]
+        assert len(names) == len({*names})
