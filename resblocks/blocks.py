@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from resblocks.checks import check_positive
+from resblocks.checks import check_flag, check_positive
 from resblocks.dense import run_block, run_pool
 from resblocks.dense_plan import Memory, check_memory, pool_commutes
 from resblocks.layers import Stride, avg_pool, named, one_stride
@@ -63,8 +63,8 @@ class BasicBlock(Residual):
 class Bottleneck(Residual):
     """1x1 reduce, 3x3, 1x1 expand (He et al. 2015, fig. 5 right; with groups: Xie et al. 2017, fig. 3c).
 
-    The stride sits on the 3x3 (as in torchvision, "v1.5"); the paper puts it on the first 1x1, which drops three
-    quarters of the positions unread.
+    The stride sits on the 3x3 (as in torchvision, "v1.5"). The paper puts it on the first 1x1, which drops three
+    quarters of the positions unread: `stride_first=True`.
 
     Args:
         in_channels, out_channels, stride: of the block.
@@ -72,13 +72,16 @@ class Bottleneck(Residual):
         base_width: channels of one group of the 3x3 convolution for out_channels = 64 * expansion, d of Xie et al.;
             128 with one group is wide_resnet50_2.
         expansion: out_channels over the inner width at base_width 64.
+        stride_first: whether the stride, or the pool of `downsample` in its place, sits on the first 1x1, as in the
+            paper and in what was trained with Caffe or Keras.
         skip: False drops the shortcut and its weights.
         options: `resblocks.options.BlockLayers` documents them.
 
     Shape: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)); likewise in 1D and 3D.
 
     Raises:
-        ValueError: out_channels is not a multiple of expansion, or leaves no channel for a group.
+        ValueError: out_channels is not a multiple of expansion, or leaves no channel for a group; stride_first is no
+            bool.
     """
 
     def __init__(
@@ -90,20 +93,30 @@ class Bottleneck(Residual):
         groups: int = 1,
         base_width: int = 64,
         expansion: int = 4,
+        stride_first: bool = False,
         skip: bool = True,
         **options: Unpack[BlockOptions],
     ) -> None:
         make = BlockLayers(**options)
         stride = one_stride(stride, make.dims)
+        check_flag(stride_first=stride_first)
         width = bottleneck_width(out_channels, groups, base_width, expansion)
+        if stride_first:
+            conv1 = make.strided_conv(in_channels, width, 1, stride)
+            conv2 = make.conv(width, width, 3, dilation=make.dilation, groups=groups)
+        else:
+            conv1 = make.conv(in_channels, width, 1)
+            conv2 = make.strided_conv(width, width, 3, stride, groups=groups)
+        pool = make.pool(width, stride)
         branch = named(
-            conv1=make.conv(in_channels, width, 1),
+            conv1=conv1,
             norm1=make.norm(width),
             act1=make.activation(),
-            conv2=make.strided_conv(width, width, 3, stride, groups=groups),
+            pool1=pool if stride_first else None,
+            conv2=conv2,
             norm2=make.norm(width),
             act2=make.activation(),
-            pool2=make.pool(width, stride),
+            pool2=None if stride_first else pool,
             dropout=make.dropout(),
             conv3=make.conv(width, out_channels, 1),
             norm3=(last := make.norm(out_channels)),

@@ -171,7 +171,18 @@ def test_block_equals_torchvision(name, ours, number):
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("block", [rb.BasicBlock, rb.Bottleneck, rb.PreActBasicBlock, rb.PreActBottleneck])
+AT_FIRST = partial(rb.Bottleneck, stride_first=True)
+
+
+@pytest.mark.parametrize("downsample", [None, rb.average_downsample])
+@pytest.mark.parametrize(("block", "place"), [(rb.Bottleneck, "2"), (AT_FIRST, "1")])
+def test_bottleneck_reduces_the_resolution_in_one_place(block, place, downsample):
+    branch = block(16, 32, stride=2, downsample=downsample).branch
+    strided = [name for name, layer in branch.named_children() if getattr(layer, "stride", (1, 1)) not in ((1, 1), 1)]
+    assert strided == [f"conv{place}" if downsample is None else f"pool{place}"]
+
+
+@pytest.mark.parametrize("block", [rb.BasicBlock, rb.Bottleneck, AT_FIRST, rb.PreActBasicBlock, rb.PreActBottleneck])
 def test_groups_reach_every_3x3_convolution(block):
     convolutions = [layer for layer in block(16, 16, groups=2).branch if isinstance(layer, nn.Conv2d)]
     assert {layer.groups for layer in convolutions if layer.kernel_size == (3, 3)} == {2}
@@ -231,6 +242,7 @@ def test_wide_block_drops_between_its_convolutions():
         (lambda: rb.BasicBlock(8, 12, groups=8), "groups must divide out_channels of the convolution, got groups=8"),
         (lambda: rb.Bottleneck(8, 30), "out_channels must be a multiple of expansion, got 30 with expansion=4"),
         (lambda: rb.Bottleneck(64, 60, groups=32, base_width=1), "out_channels must leave each group a channel"),
+        (lambda: rb.Bottleneck(8, 16, stride_first=1), "stride_first must be True or False, got 1"),
         (lambda: rb.Bottleneck(8, 16, base_width=0), "base_width must be an integer of at least 1, got 0"),
         (lambda: rb.ResNeXtBlock(8, 16, cardinality=0), "groups must be an integer of at least 1, got 0"),
         (lambda: rb.DenseLayer(8, 8), "out_channels must be above in_channels"),

@@ -231,12 +231,19 @@ def test_output_stride_dilates_instead(block, output_stride, strides):
     assert [maps.shape[-1] for maps in net.features(image(3, 64, batch=1))] == [64 // stride for stride in strides]
 
 
+AT_FIRST = partial(Bottleneck, stride_first=True)
+
+
 @pytest.mark.parametrize(
     ("block", "options"),
     [
         *((block, {}) for block in (BasicBlock, PreActBasicBlock, rb.WideBlock, Bottleneck, rb.PreActBottleneck)),
         *((BasicBlock, {"shortcut": kind}) for kind in "ACD"),
         *((Bottleneck, {"shortcut": "D", "downsample": pool}) for pool in (rb.average_downsample, rb.blur_downsample)),
+        *(
+            (AT_FIRST, {"shortcut": kind, "downsample": pool})
+            for kind, pool in (("B", None), ("D", rb.blur_downsample))
+        ),
         (BasicBlock, {"dims": 1, "downsample": rb.blur_downsample}),
         (BasicBlock, {"dims": 1, "downsample": partial(rb.BlurPool, dims=1, border="reflect")}),
         (PreActBasicBlock, {"dims": 3, "shortcut": "D"}),

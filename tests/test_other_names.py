@@ -26,7 +26,7 @@ FAMILIES = (
     *("pytorchcv:resnetbc26b", "pytorchcv:seresnet10", "pytorchcv:resnext14_32x2d", "pytorchcv:resnet20_cifar10"),
     *("pytorchcv:resnet164bn_cifar10", "pytorchcv:preresnet20_svhn", "pytorchcv:preresnet164bn_cifar10"),
     *("pytorchcv:seresnet20_cifar10", "pytorchcv:resnext20_32x2d_cifar100", "pytorchcv:wrn16_10_cifar10"),
-    *("pytorchcv:densenet40_k12_cifar10", "pytorchcv:densenet40_k12_bc_cifar10"),
+    *("pytorchcv:resnet50", "pytorchcv:densenet40_k12_cifar10", "pytorchcv:densenet40_k12_bc_cifar10"),
 )
 
 

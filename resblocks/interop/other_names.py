@@ -104,11 +104,12 @@ MONAI: dict[str, Build] = {
     "densenet264": partial(DenseNet, growth_rate=32, depths=(6, 12, 64, 48), dims=3, in_channels=1),
 }
 
-# pytorchcv 0.0.74: the nets with strides in the 3x3 of their bottlenecks, as here, and without a norm in the stem of
-# pre-activation nets.
+# pytorchcv 0.0.74, but for pre-activation nets for ImageNet, whose stem has a norm.
 CV_SE: dict[str, Any] = {"attention": partial(SE, min_hidden=1)}
 CV_BASIC = {"10": R10, "12": (2, 1, 1, 1), "14": (2, 2, 1, 1), "16": (2, 2, 2, 1), "18": R18, "26": R3333, "34": R34}
 CV_BOTTLENECK = {"bc26b": R26, "bc38b": R3333, "50b": R50, "101b": R101, "152b": R152, "200b": R200}
+CV_STRIDE_FIRST = {"50": R50, "101": R101, "152": R152, "200": R200}
+AT_FIRST: dict[str, Any] = {"block": partial(Bottleneck, stride_first=True)}
 CV_RESNEXT = {"14": R10, "26": R26, "38": R3333, "50": R50, "101": R101}
 
 
@@ -153,8 +154,10 @@ CV_CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10}
 PYTORCHCV: dict[str, Build] = {
     **{f"resnet{name}": basic_resnet(depths) for name, depths in CV_BASIC.items()},
     **{f"resnet{name}": bottleneck_resnet(depths) for name, depths in CV_BOTTLENECK.items()},
+    **{f"resnet{name}": bottleneck_resnet(depths, **AT_FIRST) for name, depths in CV_STRIDE_FIRST.items()},
     **{f"seresnet{name}": basic_resnet(depths, **CV_SE) for name, depths in CV_BASIC.items()},
     **{f"seresnet{name}": bottleneck_resnet(depths, **CV_SE) for name, depths in CV_BOTTLENECK.items()},
+    **{f"seresnet{name}": bottleneck_resnet(depths, **AT_FIRST, **CV_SE) for name, depths in CV_STRIDE_FIRST.items()},
     **{
         f"resnext{depth}_{groups}x{width}d": resnext(CV_RESNEXT[depth], groups, width)
         for depth, groups, width in (
