@@ -73,7 +73,7 @@ class Bottleneck(Residual):
             128 with one group is wide_resnet50_2.
         expansion: out_channels over the inner width at base_width 64.
         stride_first: whether the stride, or the pool of `downsample` in its place, sits on the first 1x1, as in the
-            paper and in what was trained with Caffe or Keras.
+            paper and in what was trained with Caffe.
         skip: False drops the shortcut and its weights.
         options: `resblocks.options.BlockLayers` documents them.
 

@@ -42,6 +42,13 @@ def test_official_weights_without_a_head_give_a_net_without_or_with_a_new_one(mo
     assert pretrained("resnet10t", "timm", num_classes=3).num_classes == 3
 
 
+def test_official_weights_of_a_video_net_come_from_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = theirs.BUILD["torchvision.video"]("r3d_18")
+    monkeypatch.setattr("torchvision.models.WeightsEnum.get_state_dict", lambda *_, **__: model.state_dict())
+    net = pretrained("r3d_18.KINETICS400_V1", "torchvision.video")
+    assert torch.equal(net.head.weight, model.fc.weight)
+
+
 @pytest.mark.parametrize(("source", "name"), [("pytorchcv", "resnet20_cifar100"), ("transformers", "resnet-18")])
 def test_official_weights_of_other_libraries_go_through_their_own_code(
     source: Any, name: str, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -120,13 +121,40 @@ def test_checkpoint_of_pytorch_cifar_loads() -> None:
     assert {f"module.{key}" for key in to_vocabulary(net, "pytorch-cifar")} == state.keys()
 
 
+def test_backbone_of_a_detector_loads() -> None:
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    model = randomise(resnet50())
+    state = {}
+    model.fc = nn.Identity()
+    for key, tensor in model.state_dict().items():  # as detectron2 spells it, whose frozen norms count no batches
+        layer = re.sub(r"^layer(\d)", lambda stage: f"res{int(stage[1]) + 1}", key).replace("downsample.0", "shortcut")
+        layer = re.sub(r"bn(\d)", r"conv\1.norm", layer.replace("downsample.1", "shortcut.norm"))
+        name = layer if layer.startswith("res") else f"stem.{layer}"
+        if not name.endswith("num_batches_tracked"):
+            state[f"backbone.bottom_up.{name}"] = tensor
+    net = create_model("resnet50", num_classes=0)
+    notes = load(net, {"model": {**state, "proposal_generator.anchors": torch.ones(1)}}, prefix="backbone.bottom_up.")
+    assert [note.partition(":")[0] for note in notes] == [
+        "1 keys that do not begin with 'backbone.bottom_up.'",
+        "53 num_batches_tracked",
+    ]
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(net.eval()(x), model.eval()(x))
+    with pytest.raises(ValueError, match=r"prefix='backbone\.bottom_up\.' would find its names"):
+        load(net, state)
+
+
 def test_centred_padding_is_that_of_akamaster() -> None:
     x = torch.randn(2, 8, 6, 6)
     padded = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
     assert torch.equal(centred_padding(8, 16, 2)(x), padded)
     assert isinstance(centred_padding(8, 8, 1), nn.Identity)
-    net = create_model("resnet20", shortcut=centred_padding)
-    assert load(net, to_vocabulary(create_model("resnet20"), "pytorch-cifar")) == []
+    net, behind = create_model("resnet20", shortcut=centred_padding), create_model("resnet20")
+    assert load(net, to_vocabulary(behind, "pytorch-cifar")) == []
+    (doubt,) = load(behind, to_vocabulary(net, "pytorch-cifar"))
+    assert doubt.endswith("akamaster's are on both sides (shortcut=centred_padding)")
 
 
 # --- tables of one's own

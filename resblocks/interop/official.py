@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
 
 from torch import Tensor
 
 from resblocks.interop.other_names import NAMES
 from resblocks.interop.vocabularies import VOCABULARIES
-from resblocks.interop.weights import FirstConv, load, plain_names
+from resblocks.interop.weights import FirstConv, Publisher, load, plain_names
 from resblocks.nets import Network
-
-Library = Literal["torchvision", "torchvision.video", "timm", "transformers", "monai", "pytorchcv"]
 
 
 def pretrained(
-    name: str, source: Library = "torchvision", *, first_conv: FirstConv = "same", **options: object
+    name: str, source: Publisher = "torchvision", *, first_conv: FirstConv = "same", **options: object
 ) -> Network:
     """Our net of that name with the official weights, fetched by the code of the library that has them.
 

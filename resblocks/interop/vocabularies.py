@@ -95,6 +95,16 @@ _CIFAR_REPOSITORIES: dict[str, str] = {
     "stages.{s}.{b}.shortcut.norm": "layer{s+1}.{b}.shortcut.1",
     "head": "linear",
 }
+_DETECTRON: dict[str, str] = {
+    "stem.conv": "stem.conv1",
+    "stem.norm": "stem.conv1.norm",
+    "stem.pool": "stem.pool",
+    "stages.{s}.{b}.branch.conv{n}": "res{s+2}.{b}.conv{n}",
+    "stages.{s}.{b}.branch.norm{n}": "res{s+2}.{b}.conv{n}.norm",
+    "stages.{s}.{b}.shortcut.conv": "res{s+2}.{b}.shortcut",
+    "stages.{s}.{b}.shortcut.norm": "res{s+2}.{b}.shortcut.norm",
+    "head": "linear",
+}
 _CV_RESNET: dict[str, str] = {
     "stages.{s}.{b}.branch.conv{n}": "features.stage{s+1}.unit{b+1}.body.conv{n}.conv",
     "stages.{s}.{b}.branch.norm{n}": "features.stage{s+1}.unit{b+1}.body.conv{n}.bn",
@@ -175,6 +185,7 @@ VOCABULARIES: dict[str, tuple[Table, ...]] = {
         _CV_CIFAR_DENSENET,
         _CV_DENSENET,
     ),
+    "detectron2": (_DETECTRON,),
     # kuangliu/pytorch-cifar and akamaster/pytorch_resnet_cifar10, and the many that took theirs over.
     "pytorch-cifar": (_CIFAR_REPOSITORIES,),
 }

@@ -15,12 +15,12 @@ from resblocks.fused import FusedConv
 from resblocks.interop.vocabularies import POINTWISE, VOCABULARIES
 from resblocks.interop.words import Table, check_table, key_map, nameless_layers, reversed_table, translate_key
 from resblocks.layers import WeightStandardised
+from resblocks.shortcuts import ZeroPad
 from resblocks.undisturbed import unwrapped
 
 Source = Mapping[str, Tensor] | nn.Module | str | Path
-Library = Literal[
-    "torchvision", "torchvision.video", "timm", "transformers", "monai", "pytorchcv", "pytorch-cifar", "resblocks"
-]
+Publisher = Literal["torchvision", "torchvision.video", "timm", "transformers", "monai", "pytorchcv"]
+Library = Publisher | Literal["detectron2", "pytorch-cifar", "resblocks"]
 Vocabulary = Library | Table
 FirstConv = Literal["same", "sum", "repeat"]
 
@@ -75,8 +75,9 @@ def load(
             attention for instance; the rest of it stays as it is, and everything that was not copied is named.
 
     Returns:
-        What was not copied as it stands, a sentence each: empty if all was. A training checkpoint's averaged weights,
-        under "state_dict_ema" or "model_ema", are named but not taken.
+        What was not copied as it stands or may mean something else here, a sentence each: empty if there is nothing of
+        the kind. Averaged weights of a training checkpoint, under "state_dict_ema" or "model_ema", are named but not
+        taken.
 
     Raises:
         ValueError: keys that are missing, too many or of another shape, each in both vocabularies, or with `partial`
@@ -112,7 +113,15 @@ def load(
     if faults:
         raise ValueError("source must fit the net, nothing was loaded:\n  " + "\n  ".join(faults))
     net.load_state_dict(kept | new)
-    return left_out + dropped + notes
+    return left_out + dropped + notes + doubts(net, names.vocabulary)
+
+
+def doubts(net: nn.Module, vocabulary: str) -> list[str]:
+    """What weights and names leave open, and the outputs depend on."""
+    padded = any(type(layer) is ZeroPad for layer in net.modules())
+    if vocabulary != "pytorch-cifar" or not padded:
+        return []
+    return ["shortcuts: zeros behind the old channels; akamaster's are on both sides (shortcut=centred_padding)"]
 
 
 def without_prefix(given: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], list[str]]:
