@@ -30,7 +30,7 @@ from torchvision.models import DenseNet as TorchvisionDenseNet
 from turns import against, take_turns
 
 from resblocks import DenseNet, interop
-from resblocks.dense import CPU_CHUNK
+from resblocks._dense_maps import CPU_CHUNK
 from resblocks.models import cifar_densenet
 from resblocks.training.files import write_json
 

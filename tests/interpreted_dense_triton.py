@@ -13,15 +13,14 @@ import torch
 from test_dense import LAST, images, make, step
 
 import resblocks._dense_triton
-import resblocks.dense
-from resblocks import DenseBlock, DenseNet, Transition
+from resblocks import DenseBlock, DenseNet, Transition, _dense_maps
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Triton warns of its own future defaults
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(resblocks.dense, "_kernels", lambda x: resblocks._dense_triton)
+    monkeypatch.setattr(_dense_maps, "kernels_for", lambda x: resblocks._dense_triton)
     return resblocks._dense_triton
 
 

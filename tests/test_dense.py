@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import resblocks.dense
-from resblocks import DenseBlock, DenseNet, Transition
+from resblocks import DenseBlock, DenseNet, Transition, _dense_maps
 from resblocks.diagnostics import count_macs
 from resblocks.layers import group_norm
 from resblocks.residual import Residual
@@ -27,7 +27,7 @@ LEANS = ["shared", "lean"]
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small enough that every layer of these tests goes through in several chunks, the last one shorter."""
-    monkeypatch.setattr(resblocks.dense, "CPU_CHUNK", 2800)
+    monkeypatch.setattr(_dense_maps, "CPU_CHUNK", 2800)
 
 
 def make(kind: type[nn.Module] = DenseBlock, *args: int, seed: int = 0, **options: Any) -> nn.Module:
@@ -147,7 +147,7 @@ def test_nothing_is_read_before_it_is_written(memory: str) -> None:
 
 def test_one_chunk_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     several = step(make(), images())
-    monkeypatch.setattr(resblocks.dense, "CPU_CHUNK", 2**22)
+    monkeypatch.setattr(_dense_maps, "CPU_CHUNK", 2**22)
     torch.testing.assert_close(step(make(), images()), several, rtol=1e-9, atol=1e-9)
 
 

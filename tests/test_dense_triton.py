@@ -13,8 +13,7 @@ import pytest
 import torch
 from test_dense import LAST, images, make, step
 
-import resblocks.dense
-from resblocks import DenseBlock, Transition
+from resblocks import DenseBlock, Transition, _dense_maps
 
 pytest.importorskip("triton", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore")  # Triton warns of its own future defaults
@@ -54,7 +53,7 @@ def test_kernels_compile_for_gpus(architecture: int, wide: str, low: str) -> Non
 @pytest.mark.parametrize("kind", [DenseBlock, Transition])
 def test_step_on_a_gpu_equals_the_plain_one(kind: Any, last: bool) -> None:
     x = images(device="cuda").contiguous(memory_format=LAST[2] if last else torch.contiguous_format)
-    assert resblocks.dense._kernels(x) is not None
+    assert _dense_maps.kernels_for(x) is not None
     found = step(make(kind, memory="shared").cuda(), x)
     wanted = step(make(kind, memory="plain").cuda(), x)
     for name, value in wanted.items():
