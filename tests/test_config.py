@@ -304,6 +304,18 @@ def test_saved_net_with_a_missing_weight_is_refused(tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", [None, {"model_type": "bert"}])
+def test_weights_without_a_config_of_ours_are_refused(tmp_path: Path, config: dict[str, str] | None) -> None:
+    pytest.importorskip("huggingface_hub")
+    save_pretrained(rb.create_model("resnet20"), tmp_path)
+    (tmp_path / "config.json").unlink()
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"source must have a config\.json of resblocks beside its weights"):
+        from_pretrained(tmp_path)
+
+
 def test_push_goes_through_the_mixin(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
     pushed: dict[str, Any] = {}

@@ -416,6 +416,13 @@ def test_fused_net_is_not_loaded_and_the_order_is_said() -> None:
     assert load(fuse(net), fuse(net)) == []
 
 
+def test_two_tensors_of_one_name_are_refused() -> None:
+    state = create_model("resnet20").state_dict()
+    twice = {**state, "_orig_mod.head.bias": state["head.bias"]}
+    with pytest.raises(ValueError, match=r"source must have one tensor for each name, got several for 'head\.bias'"):
+        load(create_model("resnet20"), twice)
+
+
 def test_average_of_a_model_is_read() -> None:
     net, model = create_model("resnet18", num_classes=10), torchvision_net(10)
     assert load(net, torch.optim.swa_utils.AveragedModel(model)) == []

@@ -53,7 +53,7 @@ def from_pretrained(source: str | Path, *, trust: Sequence[str] = (), **options:
         options: of `huggingface_hub.PyTorchModelHubMixin.from_pretrained`: revision, token, cache_dir, ...
 
     Raises:
-        ValueError: a config with names from elsewhere, weights that do not fit.
+        ValueError: no config.json of ours, a config with names from elsewhere, weights that do not fit.
         ModuleNotFoundError: huggingface_hub is not installed.
     """
     net: Network = _hub_net().from_pretrained(source, trust=tuple(trust), **options).module
@@ -72,13 +72,15 @@ def _hub_net() -> Any:
 
         def __init__(
             self,
-            name: str,
-            args: list[Any],
-            options: dict[str, Any],
+            name: str = "",
+            args: Sequence[Any] = (),
+            options: dict[str, Any] | None = None,
             module: nn.Module | None = None,
             trust: tuple[str, ...] = (),
         ) -> None:
             super().__init__()
+            if not name or options is None:
+                raise ValueError("source must have a config.json of resblocks beside its weights, or use `load`")
             config = {"name": name, "args": args, "options": options}
             self.module = from_config(config, trust=trust) if module is None else module
 

@@ -260,7 +260,7 @@ def plain_names(given: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Tensors under their names without those of wrappers.
 
     Raises:
-        ValueError: something other than tensors by name.
+        ValueError: something other than tensors by name, two that have one name without those of wrappers.
     """
     for key, value in given.items():
         if not (isinstance(key, str) and isinstance(value, Tensor)):
@@ -269,9 +269,16 @@ def plain_names(given: Mapping[Any, Any]) -> dict[str, Tensor]:
             kind = "meta" if value.is_meta else "nested" if value.is_nested else value.layout
             raise ValueError(f"source must hold dense tensors with values, got a {kind} one under {key!r}")
     # Names of torch.compile, and the count of an AveragedModel.
-    given = {key.replace("_orig_mod.", ""): tensor for key, tensor in given.items() if key != "n_averaged"}
-    prefix = "module." if all(key.startswith("module.") for key in given) else ""  # of data-parallel wrappers
-    return {_plain_dense_name(key.removeprefix(prefix)): tensor for key, tensor in given.items()}
+    names = {key: key.replace("_orig_mod.", "") for key in given if key != "n_averaged"}
+    prefix = (
+        "module." if all(name.startswith("module.") for name in names.values()) else ""
+    )  # of data-parallel wrappers
+    plain: dict[str, Tensor] = {}
+    for key, name in names.items():
+        if (name := _plain_dense_name(name.removeprefix(prefix))) in plain:
+            raise ValueError(f"source must have one tensor for each name, got several for {name!r}")
+        plain[name] = given[key]
+    return plain
 
 
 def find_names(
