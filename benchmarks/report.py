@@ -123,6 +123,8 @@ def names_table(library: str) -> str:
         row = measured.get(f"{library}:{name}")
         apart = [f"{row[what]:.0e}" if row[what] else "0" for what in MEASURED] if row else ["not run"] * len(MEASURED)
         equal = {True: "yes", False: "no"}[row["equal"]] if row else "not run"
+        if row and "logits_moved" in row:
+            equal += f": theirs move by {row['logits_moved']:.0e} with the last digit of a pixel"
         rows.append([f"`{name}`", f"`{call(build)}`", *apart, row["dtype"] if row else "", equal])
     return markdown(["name", "call", *MEASURED.values(), "in", "equal"], rows, "llrrrrll")
 

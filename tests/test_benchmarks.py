@@ -124,6 +124,15 @@ def test_emulated_bfloat16_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
         peers.timed_dtype("bfloat16")
 
 
+class Steep(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1 + 1e12 * (x - 1)
+
+
+def test_logits_move_with_the_last_digit_of_a_pixel() -> None:
+    assert 1e-4 < names.moved(Steep(), torch.ones(2, 3, dtype=torch.float64)) < 3e-4  # 1e12 times 2.2e-16
+
+
 def test_pair_whose_weights_do_not_come_back_is_not_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     back = names.interop.to_vocabulary
     twice = lambda *args: {key: 2 * value for key, value in back(*args).items()}  # noqa: E731

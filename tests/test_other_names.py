@@ -146,6 +146,13 @@ def test_backbone_of_a_detector_loads() -> None:
         load(net, state)
 
 
+@pytest.mark.parametrize("num_classes", [0, 100])
+def test_head_tells_whose_names_they_are_where_it_is_dropped(num_classes: int) -> None:
+    state = to_vocabulary(create_model("resnet20"), "pytorch-cifar")
+    notes = load(create_model("resnet20", num_classes=num_classes), state, drop_head=True)
+    assert notes[0] == "head.weight (pytorch-cifar: linear.weight): dropped, (10, 64) in the source"
+
+
 def test_centred_padding_is_that_of_akamaster() -> None:
     x = torch.randn(2, 8, 6, 6)
     padded = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))

@@ -40,6 +40,10 @@ class Names(NamedTuple):
         """A key of theirs with its name here, found by the table unless it is given, and there."""
         return f"{ours or self.ours(key) or 'no name of ours'} ({self.vocabulary}: {key})"
 
+    def fit(self, given: Mapping[str, Tensor]) -> tuple[int, int]:
+        """How many keys of a source the net takes, and how many the table knows, those of a dropped head too."""
+        return len(given.keys() & set(self.theirs.values())), sum(self.ours(key) != "" for key in given)
+
     def as_theirs(self, key: str, tensor: Tensor) -> Tensor:
         """Our tensor in the shape that it has under their key."""
         pointwise = tensor.dim() == 2 and self.vocabulary in VOCABULARIES and POINTWISE.fullmatch(key)
@@ -300,7 +304,7 @@ def find_names(
     spoken = speakers(net, vocabulary, head=head, partial=partial)
     if not spoken:
         raise ValueError(nameless(net, vocabulary))
-    best = max(spoken, key=lambda names: len(given.keys() & set(names.theirs.values())))
+    best = max(spoken, key=lambda names: names.fit(given))
     if vocabulary is None and not given.keys() & set(best.theirs.values()):
         tried = ", ".join(dict.fromkeys(names.vocabulary for names in spoken))
         firsts = {key for names in spoken for key in [*names.theirs.values()][:1]}
