@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatch
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from resblocks import interop
 
@@ -33,17 +32,13 @@ def of_timm(name: str) -> nn.Module:
     return timm.create_model(name)
 
 
-def of_transformers(name: str, **options: Any) -> nn.Module:
+def of_transformers(name: str) -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
-
-    class Logits(ResNetForImageClassification):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).logits
 
     kind, depths = HUGGING_FACE[name]
     widths = (64, 128, 256, 512) if kind == "basic" else (256, 512, 1024, 2048)
-    config = {"layer_type": kind, "depths": depths, "hidden_sizes": widths, "num_labels": 1000, **options}
-    return Logits(ResNetConfig(**config))
+    config = ResNetConfig(layer_type=kind, depths=depths, hidden_sizes=widths, num_labels=1000)
+    return ResNetForImageClassification(config)
 
 
 def of_monai(name: str) -> nn.Module:

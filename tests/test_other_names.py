@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +13,16 @@ import torch
 from test_interop import assert_same, randomise, shapes
 from torch import nn
 
-from resblocks import DenseNet, create_model, draw_like_torch
-from resblocks.interop import NAMES, biased_projection, centred_padding, differences, load, to_vocabulary
+from resblocks import Bottleneck, DenseNet, create_model, draw_like_torch
+from resblocks.interop import (
+    NAMES,
+    biased_projection,
+    centred_padding,
+    differences,
+    load,
+    to_vocabulary,
+    unstrided_stem,
+)
 from resblocks.interop.vocabularies import VOCABULARIES
 from resblocks.interop.words import translate
 
@@ -93,11 +102,44 @@ def test_biased_projection_is_that_of_monai() -> None:
 
     torch.manual_seed(0)
     model = randomise(resnet10(spatial_dims=2, n_input_channels=3, num_classes=5))
-    net = NAMES["monai"]["resnet10"](dims=2, in_channels=3, num_classes=5, shortcut=biased_projection)
+    options: dict[str, Any] = {"depths": (1, 1, 1, 1), "stem": unstrided_stem, "shortcut": biased_projection}
+    net = create_model("resnet18", num_classes=5, **options)
     assert load(net, model) == []
     assert_same(net, model, torch.randn(2, 3, 32, 32))
     net.init_weights(draw_like_torch)
     assert net.get_parameter("stages.1.0.shortcut.conv.bias") is not None
+
+
+@pytest.mark.parametrize(
+    ("theirs_options", "ours"),
+    [
+        ({"downsample_in_bottleneck": True}, {"block": partial(Bottleneck, stride_first=True)}),
+        ({"downsample_in_first_stage": True}, {"strides": (2, 2)}),
+        ({}, {"num_classes": 0}),
+    ],
+)
+def test_options_of_transformers_have_the_words_that_the_page_says(theirs_options: Any, ours: Any) -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
+
+    torch.manual_seed(0)
+    config = ResNetConfig(depths=[1, 2], hidden_sizes=[256, 512], num_labels=3, **theirs_options)
+    model = randomise((ResNetModel if "num_classes" in ours else ResNetForImageClassification)(config))
+    net = create_model("resnet50", **{"depths": (1, 2), "widths": (256, 512), "num_classes": 3, **ours})
+    assert load(net, model) == []
+    assert shapes(to_vocabulary(net, "transformers")) == shapes(model.state_dict())
+    assert_same(net, model, torch.randn(2, 3, 32, 32))
+
+
+def test_model_that_puts_out_no_tensor_is_refused() -> None:
+    class Lists(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [model(x)]
+
+    model = create_model("resnet20")
+    net, lists = create_model("resnet20"), Lists()
+    lists._modules.update(model._modules)
+    with pytest.raises(ValueError, match="model must put out a tensor, or logits or pooler_output, got list"):
+        differences(net, lists, torch.randn(1, 3, 8, 8))
 
 
 # --- the scripts for CIFAR that many repositories took over

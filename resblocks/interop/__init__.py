@@ -7,7 +7,7 @@ from resblocks.interop.compare import differences
 from resblocks.interop.hub import from_pretrained, push_to_hub, save_pretrained
 from resblocks.interop.names import TIMM, TIMM_OUT, TORCHVISION
 from resblocks.interop.official import pretrained
-from resblocks.interop.other_names import NAMES, biased_projection, centred_padding
+from resblocks.interop.other_names import NAMES, biased_projection, centred_padding, unstrided_stem
 from resblocks.interop.weights import load, to_timm, to_torchvision, to_vocabulary
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "to_timm",
     "to_torchvision",
     "to_vocabulary",
+    "unstrided_stem",
 ]

@@ -20,12 +20,13 @@ def differences(
 
     Args:
         net: our net, loaded from the model.
-        model: of another library; it puts out a tensor.
+        model: of another library; it puts out a tensor, or as transformers do something with `logits` or, without a
+            head, `pooler_output`.
         x: an input of both.
         vocabulary: whose names the model has, as in `load`.
 
     Raises:
-        ValueError: no names in common, or no parameters.
+        ValueError: no names in common, no parameters, or another output.
 
     Returns:
         "logits" in evaluation mode, "train_logits" in training mode, "gradients" the largest of all weights that are
@@ -34,7 +35,7 @@ def differences(
     net, model = unwrapped(net), unwrapped(model)
     theirs = find_names(net, model.state_dict(), vocabulary).theirs
     with restored(net), restored(model), torch.no_grad():
-        logits = [module.eval()(x) for module in (net, model)]
+        logits = [logits_of(module.eval()(x)) for module in (net, model)]
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.enable_grad():
         ours = _gradients(net, x)
         others = _gradients(model, x)
@@ -47,6 +48,15 @@ def differences(
         "gradients": largest([_apart(ours[key], others[theirs[key]]) for key in shared]),
         "input_gradient": _apart(ours["input"], others["input"]),
     }
+
+
+def logits_of(output: object) -> Tensor:
+    """The tensor in the output of a model."""
+    found = [output, *(getattr(output, name, None) for name in ("logits", "pooler_output"))]
+    for value in found:
+        if isinstance(value, Tensor):
+            return value
+    raise ValueError(f"model must put out a tensor, or logits or pooler_output, got {type(output).__name__}")
 
 
 def largest(values: list[float]) -> float:
@@ -63,7 +73,7 @@ def _gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
             for weight in frozen:
                 weight.requires_grad_()
             torch.manual_seed(0)
-            logits = module.train()(leaf)
+            logits = logits_of(module.train()(leaf))
             direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
             # Zero where nothing depends on it: the projection of a shortcut that is switched off.
             found = torch.autograd.grad(logits, [leaf, *weights], direction, materialize_grads=True)
