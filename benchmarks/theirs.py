@@ -47,7 +47,13 @@ def of_monai(name: str) -> nn.Module:
     if name.startswith("densenet"):
         return getattr(nets, name)(spatial_dims=3, in_channels=1, out_channels=1000)
     short = "A" if name in ("resnet18", "resnet34") else "B"
-    how = {"n_input_channels": 1, "feed_forward": False, "shortcut_type": short, "bias_downsample": False}
+    how = {
+        "n_input_channels": 1,
+        "feed_forward": False,
+        "shortcut_type": short,
+        "bias_downsample": False,
+        "conv1_t_stride": 2,
+    }
     return getattr(nets, name)(spatial_dims=3, **how)
 
 

@@ -23,7 +23,8 @@ def pretrained(
             several: "resnet50.IMAGENET1K_V1" (torchvision), "resnet50d.ra2_in1k" (timm); without one the source's
             default.
         source: who has the weights. "torchvision.video": Kinetics-400. "transformers": microsoft/resnet-* of the
-            Hugging Face Hub. "monai": MedicalNet, its ResNets alone. "pytorchcv": ImageNet, and CIFAR and SVHN for the
+            Hugging Face Hub. "monai": MedicalNet, ResNets alone, with strides where it had dilations, as MONAI builds
+            them. "pytorchcv": ImageNet, and CIFAR and SVHN for the
             small nets.
         first_conv: as in `load`, for `in_channels`.
         options: of the net; with another `num_classes` the head is new.

@@ -48,7 +48,7 @@ def video_stem(make: Layers, in_channels: int, width: int) -> nn.Module:
 
 @with_layers
 def unstrided_stem(make: Layers, in_channels: int, width: int) -> nn.Module:
-    """The ImageNet stem with its stride in the pool alone, MONAI's default for volumes."""
+    """The ImageNet stem with a stride in the pool alone: MONAI's, unless it is told `conv1_t_stride=2`."""
     pool = make.build(max_pool, 3, stride=2, padding=1)
     return named(conv=make.conv(in_channels, width, 7), norm=make.norm(width), act=make.activation(), pool=pool)
 
@@ -90,8 +90,9 @@ TRANSFORMERS: dict[str, Build] = {
     "resnet-152": bottleneck_resnet(R152),
 }
 
-# As the weights of MedicalNet want them (Chen et al. 2019): volumes of one channel, no head, shortcut A in two of them.
-VOLUME: dict[str, Any] = {"dims": 3, "in_channels": 1, "num_classes": 0, "stem": unstrided_stem}
+# As MONAI builds them for the weights of MedicalNet (Chen et al. 2019): volumes of one channel, no head, shortcut A in
+# two of them.
+VOLUME: dict[str, Any] = {"dims": 3, "in_channels": 1, "num_classes": 0}
 MONAI: dict[str, Build] = {
     "resnet10": basic_resnet(R10, **VOLUME),
     "resnet18": basic_resnet(R18, **VOLUME, shortcut="A"),
