@@ -55,10 +55,10 @@ def compare(name: str, seed: int) -> dict[str, Any]:
     given, back = model.state_dict(), interop.to_vocabulary(net, library)
     exact = given.keys() == back.keys() and all(torch.equal(given[key], back[key]) for key in given)
     dtype = "float32"
-    found = interop.differences(net, model, x)
+    found = interop.differences(net, model, x, vocabulary=library)
     if not largest([*found.values()]) <= FLOAT32:  # NaN is not
         dtype = "float64"
-        found = interop.differences(net.double(), model.double(), x.double())
+        found = interop.differences(net.double(), model.double(), x.double(), vocabulary=library)
     limit = FLOAT64 if dtype == "float64" else FLOAT32
     apart = [name for name, value in found.items() if not value < limit]
     row = {"params": sum(weight.numel() for weight in net.parameters()), "notes": notes, "weights_back_exact": exact}

@@ -17,7 +17,17 @@ from resblocks.undisturbed import unwrapped
 
 # Where the names of a config may come from: what is imported from there builds nets and does nothing else.
 MODULES = tuple(
-    f"resblocks.{module}" for module in ("nets", "blocks", "layers", "attention", "joins", "shortcuts", "interop.names")
+    f"resblocks.{module}"
+    for module in (
+        "nets",
+        "blocks",
+        "layers",
+        "attention",
+        "joins",
+        "shortcuts",
+        "interop.names",
+        "interop.other_names",
+    )
 )
 
 

@@ -538,6 +538,14 @@ def test_source_of_another_world_is_refused() -> None:
         load(create_model("resnet18"), {}, vocabulary="keras")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("net", "source"), [("resnet18", "densenet121"), ("densenet121", "resnet18")])
+def test_weights_of_another_kind_of_net_get_no_false_hint(net: str, source: str) -> None:
+    with torch.device("meta"):
+        state = torchvision.models.get_model(source).state_dict()
+    with pytest.raises(ValueError, match=r"got \d+ keys such as \[[^]]*\]$"):
+        load(create_model(net), {key: torch.empty(tensor.shape) for key, tensor in state.items()})
+
+
 # --- other channels, other classes
 
 

@@ -13,7 +13,16 @@ import torch
 from test_interop import assert_same, randomise, shapes
 from torch import nn
 
-from resblocks import Bottleneck, DenseNet, create_model, draw_like_torch
+from resblocks import (
+    BasicBlock,
+    Bottleneck,
+    DenseNet,
+    average_downsample,
+    create_model,
+    draw_like_torch,
+    from_config,
+    to_config,
+)
 from resblocks.interop import (
     NAMES,
     biased_projection,
@@ -76,16 +85,22 @@ def test_dense_net_of_monai_gives_equal_logits_and_gradients() -> None:
     assert_same(net, model, torch.randn(4, 1, 64))
 
 
-OTHERS = [name for name in theirs.names() if not name.startswith(("torchvision:", "timm:"))]
+OTHERS = [f"{library}:{name}" for library in [*theirs.BUILD][1:] if library != "timm" for name in NAMES[library]]
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FAMILIES else pytest.mark.slow) for name in OTHERS]
+    "name",
+    [
+        pytest.param(name, marks=[] if name in FAMILIES else pytest.mark.slow)
+        for name in OTHERS
+        if name in FAMILIES or not theirs.is_another_head(name)
+    ],
 )
 def test_name_has_its_keys_and_shapes(name: str) -> None:
     with torch.device("meta"):
         model, net = pair(name)
     assert shapes(to_vocabulary(net, name.partition(":")[0])) == shapes(model.state_dict())
+    assert to_config(from_config(to_config(net))) == to_config(net)
 
 
 def test_medical_net_with_padded_shortcuts_gives_equal_logits_and_gradients_that_monai_cuts() -> None:
@@ -104,6 +119,7 @@ def test_biased_projection_is_that_of_monai() -> None:
     model = randomise(resnet10(spatial_dims=2, n_input_channels=3, num_classes=5))
     options: dict[str, Any] = {"depths": (1, 1, 1, 1), "stem": unstrided_stem, "shortcut": biased_projection}
     net = create_model("resnet18", num_classes=5, **options)
+    assert to_config(from_config(to_config(net))) == to_config(net)
     assert load(net, model) == []
     assert_same(net, model, torch.randn(2, 3, 32, 32))
     net.init_weights(draw_like_torch)
@@ -163,6 +179,13 @@ def test_checkpoint_of_pytorch_cifar_loads() -> None:
     assert {f"module.{key}" for key in to_vocabulary(net, "pytorch-cifar")} == state.keys()
 
 
+@pytest.mark.parametrize("shortcut", [biased_projection, centred_padding])
+def test_shortcuts_of_other_libraries_take_the_pool_of_downsample(shortcut: Callable[..., nn.Module]) -> None:
+    block = BasicBlock(8, 16, 2, shortcut=shortcut, downsample=average_downsample)
+    assert type(block.shortcut.pool) is type(block.branch.pool1) is nn.AvgPool2d
+    assert block(torch.randn(2, 8, 6, 6)).shape == (2, 16, 3, 3)
+
+
 def test_backbone_of_a_detector_loads() -> None:
     from torchvision.models import resnet50
 
@@ -198,9 +221,10 @@ def test_head_tells_whose_names_they_are_where_it_is_dropped(num_classes: int) -
 def test_centred_padding_is_that_of_akamaster() -> None:
     x = torch.randn(2, 8, 6, 6)
     padded = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
-    assert torch.equal(centred_padding(8, 16, 2)(x), padded)
-    assert isinstance(centred_padding(8, 8, 1), nn.Identity)
+    assert torch.equal(BasicBlock(8, 16, 2, shortcut=centred_padding).shortcut(x), padded)
+    assert isinstance(BasicBlock(8, 8, shortcut=centred_padding).shortcut, nn.Identity)
     net, behind = create_model("resnet20", shortcut=centred_padding), create_model("resnet20")
+    assert to_config(from_config(to_config(net))) == to_config(net)
     assert load(net, to_vocabulary(behind, "pytorch-cifar")) == []
     (doubt,) = load(behind, to_vocabulary(net, "pytorch-cifar"))
     assert doubt.endswith("akamaster's are on both sides (shortcut=centred_padding)")
@@ -235,12 +259,38 @@ def test_table_of_ones_own_is_read_in_both_directions() -> None:
         ({"stem.conv": "a"}, "must have a name in your table, but these have none: stem.norm"),
         ({"stages.{s}.{b}": "layer{s}"}, "must have the same numbers in both names, got 'stages.{s}.{b}': 'layer{s}'"),
         ({"stem.conv": 3}, "must give names of layers as text, got 'stem.conv': 3"),
+        ({"stages.{0}.{b}": "c{0}.{b}"}, "must have numbers as {s}, {stage} or {s+1}, got 'stages.{0}.{b}'"),
+        ({"stages.{s + 1}": "c{s}"}, "must have numbers as {s}, {stage} or {s+1}, got 'stages.{s + 1}'"),
+        (["stem.conv"], "vocabulary must be one of resblocks, torchvision"),
+        (
+            {**OWN, "stages.{s}.{b}.branch.norm{n}": "b{s}{b}{n}", "stem.norm": "b001"},
+            "a name for each layer, got 'b001.weight' for stem.norm.weight and stages.0.0.branch.norm1.weight",
+        ),
     ],
 )
 @pytest.mark.parametrize("call", [lambda net, t: to_vocabulary(net, t), lambda net, t: load(net, {}, vocabulary=t)])
 def test_table_that_cannot_be_is_refused(table: Any, said: str, call: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=said.replace("{", r"\{").replace("}", r"\}")):
+    with pytest.raises(ValueError, match=re.escape(said)):
         call(create_model("resnet20"), table)
+
+
+def test_table_of_ones_own_needs_no_pools_and_takes_pointwise_convolutions() -> None:
+    import timm
+
+    table = {
+        "stem.conv": "conv1",
+        "stem.norm": "bn1",
+        "stages.{stage}.{block}.branch.conv{n}": "layer{stage+1}.{block}.conv{n}",
+        "stages.{stage}.{block}.branch.norm{n}": "layer{stage+1}.{block}.bn{n}",
+        "stages.{stage}.{block}.branch.attention.reduce": "layer{stage+1}.{block}.se.fc1",
+        "stages.{stage}.{block}.branch.attention.expand": "layer{stage+1}.{block}.se.fc2",
+        "stages.{stage}.{block}.shortcut.conv": "layer{stage+1}.{block}.downsample.0",
+        "stages.{stage}.{block}.shortcut.norm": "layer{stage+1}.{block}.downsample.1",
+        "head": "fc",
+    }
+    model, net = timm.create_model("seresnet18"), NAMES["timm"]["seresnet18"]()
+    assert load(net, model, vocabulary=table) == []
+    assert max(differences(net, model, torch.randn(2, 3, 32, 32), vocabulary=table).values()) < 1e-4
 
 
 def test_number_that_comes_twice_in_a_name_is_one_number() -> None:

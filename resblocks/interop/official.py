@@ -71,7 +71,11 @@ def from_torchvision(name: str, tag: str) -> Mapping[str, Tensor]:
     published = get_model_weights(name)
     if tag and tag not in published.__members__:
         raise ValueError(f"tag must be one of {', '.join(published.__members__)} for {name}, got {tag!r}")
-    given: Mapping[str, Tensor] = published[tag or "DEFAULT"].get_state_dict(progress=False, check_hash=True)
+    weights = published[tag or "DEFAULT"]
+    try:
+        given: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise OSError(f"{weights.url}: {error}") from error
     return given
 
 

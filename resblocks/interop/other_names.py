@@ -33,7 +33,7 @@ from resblocks.models import (
     wide_resnet,
 )
 from resblocks.nets import DenseNet, ResNet
-from resblocks.options import Layers, with_layers
+from resblocks.options import BlockLayers, Layers, with_layers
 from resblocks.shortcuts import ZeroPad
 
 # --- the parts in which these nets differ from the papers'
@@ -54,13 +54,14 @@ def unstrided_stem(make: Layers, in_channels: int, width: int) -> nn.Module:
 
 
 @with_layers
-def biased_projection(make: Layers, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+def biased_projection(make: BlockLayers, in_channels: int, out_channels: int, stride: Stride) -> nn.Module:
     """Option B whose convolution has a bias although a norm follows: MONAI's default, its `bias_downsample`."""
-    if stride == 1 and in_channels == out_channels:
+    if make.keeps_shape(in_channels, out_channels, stride):
         return nn.Identity()
-    conv: Any = make.conv(in_channels, out_channels, 1, stride)
+    pool = make.pool(in_channels, stride)
+    conv: Any = make.conv(in_channels, out_channels, 1, stride if pool is None else 1)
     conv.bias = nn.Parameter(torch.zeros(out_channels, device=conv.weight.device, dtype=conv.weight.dtype))
-    return named(conv=conv, norm=make.norm(out_channels))
+    return named(pool=pool, conv=conv, norm=make.norm(out_channels))
 
 
 class CentredPad(ZeroPad):
@@ -70,10 +71,14 @@ class CentredPad(ZeroPad):
         return super().forward(x).roll(self.new_channels // 2, 1)
 
 
-def centred_padding(in_channels: int, out_channels: int, stride: Stride) -> nn.Module:
+@with_layers
+def centred_padding(make: BlockLayers, in_channels: int, out_channels: int, stride: Stride) -> nn.Module:
     """`CentredPad` where the shape changes: `create_model("resnet20", shortcut=centred_padding)`."""
-    same = stride == 1 and in_channels == out_channels
-    return nn.Identity() if same else CentredPad(in_channels, out_channels, stride)
+    if make.keeps_shape(in_channels, out_channels, stride):
+        return nn.Identity()
+    pool = make.pool(in_channels, stride)
+    pad = CentredPad(in_channels, out_channels, stride if pool is None else 1)
+    return pad if pool is None else named(pool=pool, pad=pad)
 
 
 # --- the tables
@@ -105,13 +110,24 @@ MONAI: dict[str, Build] = {
     "densenet264": partial(DenseNet, growth_rate=32, depths=(6, 12, 64, 48), dims=3, in_channels=1),
 }
 
-# pytorchcv 0.0.74, but for pre-activation nets for ImageNet, whose stem has a norm.
+# Of pytorchcv 0.0.74.
 CV_SE: dict[str, Any] = {"attention": partial(SE, min_hidden=1)}
 CV_BASIC = {"10": R10, "12": (2, 1, 1, 1), "14": (2, 2, 1, 1), "16": (2, 2, 2, 1), "18": R18, "26": R3333, "34": R34}
 CV_BOTTLENECK = {"bc26b": R26, "bc38b": R3333, "50b": R50, "101b": R101, "152b": R152, "200b": R200}
 CV_STRIDE_FIRST = {"50": R50, "101": R101, "152": R152, "200": R200}
-AT_FIRST: dict[str, Any] = {"block": partial(Bottleneck, stride_first=True)}
-CV_RESNEXT = {"14": R10, "26": R26, "38": R3333, "50": R50, "101": R101}
+
+
+def imagenet_family(prefix: str, **options: Any) -> dict[str, Build]:
+    """One family of ImageNet nets: basic blocks, bottlenecks, and those with the stride on the first 1x1."""
+    stride_first = partial(Bottleneck, stride_first=True)
+    return {
+        **{f"{prefix}{name}": basic_resnet(depths, **options) for name, depths in CV_BASIC.items()},
+        **{f"{prefix}{name}": bottleneck_resnet(depths, **options) for name, depths in CV_BOTTLENECK.items()},
+        **{
+            f"{prefix}{name}": bottleneck_resnet(depths, block=stride_first, **options)
+            for name, depths in CV_STRIDE_FIRST.items()
+        },
+    }
 
 
 def cifar_bottleneck_resnet(depth: int, **options: Any) -> ResNet:
@@ -138,38 +154,44 @@ CV_CIFAR: dict[str, Build] = {
     **cifar_family("resnet", cifar_resnet, cifar_bottleneck_resnet, shortcut="B"),
     **cifar_family("preresnet", cifar_preact_resnet, cifar_preact_bottleneck_resnet),
     **cifar_family("seresnet", cifar_resnet, cifar_bottleneck_resnet, shortcut="B", **CV_SE),
-    **{
-        f"resnext{depth}_{groups}x{width}d": partial(cifar_resnext, depth, groups, width)
-        for depth, groups, width in (
-            *((20, 16, 4), (20, 32, 2), (20, 32, 4), (29, 32, 4), (29, 16, 64), (272, 1, 64), (272, 2, 32)),
-        )
-    },
-    **{f"wrn{depth}_{factor}": partial(wide_resnet, depth, factor) for depth, factor in ((16, 10), (28, 10), (40, 8))},
-    **{f"densenet{depth}_k{k}": compressed_densenet(depth, k) for depth, k in ((40, 12), (100, 12), (100, 24))},
-    **{
-        f"densenet{depth}_k{k}_bc": partial(cifar_densenet, depth, k)
-        for depth, k in ((40, 12), (40, 24), (40, 36), (100, 12), (190, 40), (250, 24))
-    },
+    "resnext20_16x4d": partial(cifar_resnext, 20, 16, 4),
+    "resnext20_32x2d": partial(cifar_resnext, 20, 32, 2),
+    "resnext20_32x4d": partial(cifar_resnext, 20, 32, 4),
+    "resnext29_32x4d": partial(cifar_resnext, 29, 32, 4),
+    "resnext29_16x64d": partial(cifar_resnext, 29, 16, 64),
+    "resnext272_1x64d": partial(cifar_resnext, 272, 1, 64),
+    "resnext272_2x32d": partial(cifar_resnext, 272, 2, 32),
+    "wrn16_10": partial(wide_resnet, 16, 10),
+    "wrn28_10": partial(wide_resnet, 28, 10),
+    "wrn40_8": partial(wide_resnet, 40, 8),
+    "densenet40_k12": compressed_densenet(40, 12),
+    "densenet100_k12": compressed_densenet(100, 12),
+    "densenet100_k24": compressed_densenet(100, 24),
+    "densenet40_k12_bc": partial(cifar_densenet, 40, 12),
+    "densenet40_k24_bc": partial(cifar_densenet, 40, 24),
+    "densenet40_k36_bc": partial(cifar_densenet, 40, 36),
+    "densenet100_k12_bc": partial(cifar_densenet, 100, 12),
+    "densenet190_k40_bc": partial(cifar_densenet, 190, 40),
+    "densenet250_k24_bc": partial(cifar_densenet, 250, 24),
 }
 CV_CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10}
 PYTORCHCV: dict[str, Build] = {
-    **{f"resnet{name}": basic_resnet(depths) for name, depths in CV_BASIC.items()},
-    **{f"resnet{name}": bottleneck_resnet(depths) for name, depths in CV_BOTTLENECK.items()},
-    **{f"resnet{name}": bottleneck_resnet(depths, **AT_FIRST) for name, depths in CV_STRIDE_FIRST.items()},
-    **{f"seresnet{name}": basic_resnet(depths, **CV_SE) for name, depths in CV_BASIC.items()},
-    **{f"seresnet{name}": bottleneck_resnet(depths, **CV_SE) for name, depths in CV_BOTTLENECK.items()},
-    **{f"seresnet{name}": bottleneck_resnet(depths, **AT_FIRST, **CV_SE) for name, depths in CV_STRIDE_FIRST.items()},
-    **{
-        f"resnext{depth}_{groups}x{width}d": resnext(CV_RESNEXT[depth], groups, width)
-        for depth, groups, width in (
-            *(("14", 16, 4), ("14", 32, 2), ("14", 32, 4), ("26", 16, 4), ("26", 32, 2), ("26", 32, 4), ("38", 32, 4)),
-            *(("50", 32, 4), ("101", 32, 4), ("101", 64, 4)),
-        )
-    },
-    **{
-        f"seresnext{depth}_{groups}x4d": resnext(CV_RESNEXT[depth], groups, 4, **CV_SE)
-        for depth, groups in (("50", 32), ("101", 32), ("101", 64))
-    },
+    **imagenet_family("resnet"),
+    "resnetbc14b": bottleneck_resnet(R10),
+    **imagenet_family("seresnet", **CV_SE),
+    "resnext14_16x4d": resnext(R10, 16, 4),
+    "resnext14_32x2d": resnext(R10, 32, 2),
+    "resnext14_32x4d": resnext(R10, 32, 4),
+    "resnext26_16x4d": resnext(R26, 16, 4),
+    "resnext26_32x2d": resnext(R26, 32, 2),
+    "resnext26_32x4d": resnext(R26, 32, 4),
+    "resnext38_32x4d": resnext(R3333, 32, 4),
+    "resnext50_32x4d": resnext(R50, 32, 4),
+    "resnext101_32x4d": resnext(R101, 32, 4),
+    "resnext101_64x4d": resnext(R101, 64, 4),
+    "seresnext50_32x4d": resnext(R50, 32, 4, **CV_SE),
+    "seresnext101_32x4d": resnext(R101, 32, 4, **CV_SE),
+    "seresnext101_64x4d": resnext(R101, 64, 4, **CV_SE),
     **{name: MODELS[name] for name in ("densenet121", "densenet161", "densenet169", "densenet201")},
     **{
         f"{name}_{images}": partial(build, num_classes=classes)

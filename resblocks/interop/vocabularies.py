@@ -185,7 +185,7 @@ VOCABULARIES: dict[str, tuple[Table, ...]] = {
         _CV_CIFAR_DENSENET,
         _CV_DENSENET,
     ),
-    "detectron2": (_DETECTRON,),
+    "detectron2": (_DETECTRON, {**_DETECTRON, "head": "stem.fc"}),  # the second in what its converter writes
     # kuangliu/pytorch-cifar and akamaster/pytorch_resnet_cifar10, and the many that took theirs over.
     "pytorch-cifar": (_CIFAR_REPOSITORIES,),
 }

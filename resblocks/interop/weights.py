@@ -13,10 +13,21 @@ from torch import Tensor, nn
 
 from resblocks.fused import FusedConv
 from resblocks.interop.vocabularies import POINTWISE, VOCABULARIES
-from resblocks.interop.words import Table, check_table, key_map, nameless_layers, reversed_table, translate_key
+from resblocks.interop.words import (
+    Table,
+    check_distinct,
+    check_table,
+    key_map,
+    nameless_layers,
+    reversed_table,
+    translate_key,
+)
 from resblocks.layers import WeightStandardised
 from resblocks.shortcuts import ZeroPad
 from resblocks.undisturbed import unwrapped
+
+# A table of one's own need not name what has no weights.
+WITHOUT_WEIGHTS = {name: name for name in ("stem.pool", "stages.{s}.{b}.shortcut.pool")}
 
 Source = Mapping[str, Tensor] | nn.Module | str | Path
 Publisher = Literal["torchvision", "torchvision.video", "timm", "transformers", "monai", "pytorchcv"]
@@ -121,7 +132,7 @@ def load(
 
 
 def doubts(net: nn.Module, vocabulary: str) -> list[str]:
-    """What weights and names leave open, and the outputs depend on."""
+    """What the weights leave open and the outputs depend on: the padding of option A alone, as yet."""
     padded = any(type(layer) is ZeroPad for layer in net.modules())
     if vocabulary != "pytorch-cifar" or not padded:
         return []
@@ -155,7 +166,7 @@ def match(
     for key, their_key in names.theirs.items():
         name, tensor = names.both(their_key, key), ours[key]
         if their_key in given:
-            wanted = names.as_theirs(their_key, tensor).shape
+            wanted = shape_there(tensor, given[their_key])
             fitted, note = fit_first_conv(given[their_key], wanted, first_conv if key == first else "same")
             notes += [f"{name}: {said}" for said in (note, narrowed(fitted, tensor)) if said]
             if fault := misfit(name, fitted, wanted, tensor):
@@ -173,6 +184,12 @@ def match(
     known = set(names.theirs.values())
     faults += [f"not in the net: {names.both(key)}{_hint(names.ours(key))}" for key in given if key not in known]
     return new, notes, faults
+
+
+def shape_there(tensor: Tensor, given: Tensor) -> torch.Size:
+    """Our tensor's shape in the source, where our linear layers may be 1x1 convolutions."""
+    pointwise = tensor.dim() == 2 and set(given.shape[2:]) == {1}
+    return torch.Size([*tensor.shape, *given.shape[2:]]) if pointwise else tensor.shape
 
 
 def check_not_fused(net: nn.Module, given: Mapping[str, Tensor]) -> None:
@@ -303,21 +320,32 @@ def find_names(
     """
     spoken = speakers(net, vocabulary, head=head, partial=partial)
     if not spoken:
-        raise ValueError(nameless(net, vocabulary))
+        raise ValueError(nameless(net, vocabulary or "resblocks"))
     best = max(spoken, key=lambda names: names.fit(given))
     if vocabulary is None and not given.keys() & set(best.theirs.values()):
         tried = ", ".join(dict.fromkeys(names.vocabulary for names in spoken))
-        firsts = {key for names in spoken for key in [*names.theirs.values()][:1]}
-        prefixes = {key.removesuffix(first) for key in given for first in firsts if key.endswith(f".{first}")}
-        hint = f"; prefix={min(prefixes, key=len)!r} would find its names" if prefixes else ""  # the net, not a block
-        some = speakers(net, None, head=head, partial=True)
-        near = [names.vocabulary for names in some if given.keys() & set(names.theirs.values())]
-        hint += "".join(f"; in {name} {_fewest(net, VOCABULARIES[name])} would have no name" for name in near[:1])
+        others = [names for names in speakers(net, None, head=head, partial=True) if names.vocabulary not in tried]
         raise ValueError(
             f"source must have the names of {tried} for this net, or of a table that you give as vocabulary, "
-            f"got {len(given)} keys such as {list(given)[:3]}{hint}"
+            f"got {len(given)} keys such as {list(given)[:3]}"
+            f"{prefix_hint(spoken, given)}{table_hint(net, others, given)}"
         )
     return best
+
+
+def prefix_hint(spoken: list[Names], given: Mapping[str, Tensor]) -> str:
+    """The prefix that would find the net in a larger model: one key alone is that of a layer."""
+    firsts = {key for names in spoken for key in [*names.theirs.values()][:1]}
+    prefixes = {key.removesuffix(first) for key in given for first in firsts if key.endswith(f".{first}")}
+    known = {key for names in spoken for key in names.theirs.values()}
+    found = [prefix for prefix in prefixes if sum(f"{prefix}{key}" in given for key in known) > 1]
+    return f"; prefix={min(found, key=len)!r} would find its names" if found else ""  # the net, not a block
+
+
+def table_hint(net: nn.Module, others: list[Names], given: Mapping[str, Tensor]) -> str:
+    """What of the net has no name in the source's vocabulary."""
+    near = [names for names in others if names.fit(given)[0] > len(given) / 2][:1]
+    return "".join(f"; in {names.vocabulary} {_fewest(net, [names.table])} would have no name" for names in near)
 
 
 def speakers(net: nn.Module, asked: Vocabulary | None, *, head: bool = True, partial: bool = False) -> list[Names]:
@@ -327,6 +355,9 @@ def speakers(net: nn.Module, asked: Vocabulary | None, *, head: bool = True, par
         for vocabulary, tables in tables_of(asked).items()
         for table in tables
     ]
+    if isinstance(asked, Mapping):
+        for names in maps:
+            check_distinct(names.theirs)
     return [names for names in maps if names.theirs]
 
 
@@ -341,8 +372,8 @@ def tables_of(asked: Vocabulary | None) -> Mapping[str, tuple[Table | None, ...]
         return known
     if isinstance(asked, Mapping):
         check_table(asked)
-        return {"your table": (asked,)}
-    if asked not in known:
+        return {"your table": ({**WITHOUT_WEIGHTS, **asked},)}
+    if asked not in list(known):  # what cannot be hashed is no name either
         raise ValueError(f"vocabulary must be one of {', '.join(known)}, a table or None, got {asked!r}")
     return {asked: known[asked]}
 
@@ -362,7 +393,7 @@ def fit_first_conv(kernel: Tensor, wanted: torch.Size, how: str) -> tuple[Tensor
     return kernel[:, channels] * (had / wants), f"its {had} input channels repeated to {wants}, times {had}/{wants}"
 
 
-def nameless(net: nn.Module, vocabulary: Vocabulary | None) -> str:
+def nameless(net: nn.Module, vocabulary: Vocabulary) -> str:
     """Which layers of the net keep it from being said in the vocabulary."""
     (name, tables), *_ = tables_of(vocabulary).items()
     return f"every layer of the net must have a name in {name}, but these have none: {_fewest(net, tables)}"
@@ -370,7 +401,7 @@ def nameless(net: nn.Module, vocabulary: Vocabulary | None) -> str:
 
 def _fewest(net: nn.Module, tables: Iterable[Table | None]) -> str:
     """The layers without a name in the table that fits best."""
-    fewest = min((nameless_layers(net, table) for table in tables if table is not None), key=len)
+    fewest = min((nameless_layers(net, table) for table in tables if table is not None), key=len, default=["weights"])
     return ", ".join(fewest[:3]) + (", ..." if len(fewest) > 3 else "")
 
 
