@@ -35,6 +35,7 @@ import resblocks as rb
 from resblocks.attention import CBAM, ECA, SE
 from resblocks.config import from_config, to_config
 from resblocks.fuse import fuse
+from resblocks.interop import centred_padding
 from resblocks.joins import LayerScale
 from resblocks.layers import WSConv2d, batch_norm, blur_downsample, group_norm
 from resblocks.models import MODELS
@@ -57,6 +58,9 @@ SMALL: dict[str, Build] = {
     "basic, plain": small(skip=False),
     "basic, shortcut A": small(shortcut="A"),
     "bottleneck, deep stem, shortcut D": small(rb.Bottleneck, stem="deep", shortcut="D"),
+    "bottleneck, stride first, padded on both sides": small(
+        partial(rb.Bottleneck, stride_first=True), shortcut=centred_padding
+    ),
     "ResNeXt, SE": small(partial(rb.ResNeXtBlock, cardinality=2, base_width=32), attention=SE),
     "preact basic, shortcut C, ECA": small(rb.PreActBasicBlock, shortcut="C", attention=ECA),
     "preact bottleneck, CBAM": small(rb.PreActBottleneck, attention=CBAM),

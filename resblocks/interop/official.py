@@ -103,9 +103,7 @@ def from_monai(name: str, tag: str) -> Mapping[str, Tensor]:
     from monai.networks.nets.resnet import get_pretrained_resnet_medicalnet
 
     if not name.startswith("resnet"):
-        raise ValueError(
-            f"name must be a resnet for weights of monai, which has none for volumes of others, got {name!r}"
-        )
+        raise ValueError(f"name must be a resnet for weights of monai, which publishes no others, got {name!r}")
     given: Mapping[str, Tensor] = get_pretrained_resnet_medicalnet(int(name.removeprefix("resnet")))
     return given
 
