@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -586,6 +587,69 @@ def test_repeated_first_kernel_keeps_the_response(channels: int) -> None:
     if channels == 6:
         x = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(net(torch.cat([x, x], 1)), model(x), rtol=1e-4, atol=1e-4)
+
+
+# --- more dimensions
+
+
+def repeated(x: torch.Tensor, size: int = 8) -> torch.Tensor:
+    """The same slice again and again along a new first dimension."""
+    return x[:, :, None].expand(-1, -1, size, *x.shape[2:])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50d", "seresnet18", "resnetv2_18", "densenet121"])
+def test_centred_kernels_give_a_volume_of_one_image_what_they_gave_the_image(name: str) -> None:
+    torch.manual_seed(0)
+    small = {"depths": SHALLOW, "num_classes": 5, "dtype": torch.float64}
+    flat, volume = (TIMM[name](**small, dims=dims).eval() for dims in (2, 3))
+    (note,) = load(volume, randomise(flat), inflate="centre")
+    assert re.fullmatch(r"\d+ kernels: inflated by new dimensions \(centre\)", note)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(volume(repeated(x, 32)), flat(x))
+
+
+def test_mean_kernels_give_the_middle_of_a_volume_what_they_gave_the_image() -> None:
+    torch.manual_seed(0)
+    flat, volume = (
+        create_model("resnet20", depths=(1, 1, 1), dims=dims, dtype=torch.float64).eval() for dims in (2, 3)
+    )
+    load(volume, randomise(flat), inflate="mean")
+    x = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    theirs, ours = flat.features(x)[-1], volume.features(repeated(x, 64))[-1]
+    torch.testing.assert_close(ours[:, :, 8], theirs)
+    assert not torch.allclose(ours[:, :, 0], theirs)  # at the border zeros are read
+
+
+def test_kernels_of_sound_become_those_of_images_and_of_volumes() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    flat = randomise(create_model("resnet20", dims=1, dtype=torch.float64)).eval()
+    for dims, many in ((2, repeated(x)), (3, repeated(repeated(x)))):
+        net = create_model("resnet20", dims=dims, dtype=torch.float64).eval()
+        load(net, flat, inflate="centre")
+        torch.testing.assert_close(net(many), flat(x))
+
+
+def test_inflation_is_asked_for_and_goes_with_other_channels() -> None:
+    model, net = torchvision_net(5), create_model("resnet18", dims=3, in_channels=1, num_classes=5)
+    assert "; inflate='centre' or 'mean' adapts the dimensions" in refused(net, model)
+    notes = load(net, model, inflate="mean", first_conv="sum")
+    assert [note.partition(": ")[2] for note in notes] == [
+        "conv1.weight): its 3 input channels summed to 1",
+        "inflated by new dimensions (mean)",
+    ]
+    torch.testing.assert_close(net.stem.conv.weight.sum((1, 2)), model.conv1.weight.sum(1))
+    assert load(create_model("resnet18", num_classes=5), model, inflate="mean") == []  # nothing to inflate
+
+
+def test_inflation_that_cannot_be_is_refused() -> None:
+    net = create_model("resnet18", dims=3, conv=weight_standardised)
+    with pytest.raises(
+        ValueError, match="inflate must be None for standardised weights, which change with it, got 'mean'"
+    ):
+        load(net, torchvision_net(), inflate="mean")
+    with pytest.raises(ValueError, match="inflate must be centre, mean or None, got 'repeat'"):
+        load(create_model("resnet18", dims=3), torchvision_net(), inflate="repeat")  # type: ignore[arg-type]
 
 
 def test_sum_is_for_one_channel() -> None:

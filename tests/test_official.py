@@ -23,6 +23,8 @@ def test_official_weights_of_torchvision_go_through_its_own_code(monkeypatch: py
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(net.eval()(x), model.eval()(x))
     assert pretrained("resnet18.IMAGENET1K_V1", num_classes=7)(x).shape == (2, 7)
+    volume = pretrained("resnet18", dims=3, inflate="centre").eval()
+    torch.testing.assert_close(volume(x[:, :, None].expand(-1, -1, 8, -1, -1)), net(x), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="tag must be one of IMAGENET1K_V1, DEFAULT for resnet18, got 'V9'"):
         pretrained("resnet18.V9")
 

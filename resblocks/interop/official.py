@@ -7,14 +7,20 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from resblocks.interop.kernels import FirstConv, Inflate
 from resblocks.interop.other_names import NAMES
 from resblocks.interop.vocabularies import VOCABULARIES
-from resblocks.interop.weights import FirstConv, Publisher, load, plain_names
+from resblocks.interop.weights import Publisher, load, plain_names
 from resblocks.nets import Network
 
 
 def pretrained(
-    name: str, source: Publisher = "torchvision", *, first_conv: FirstConv = "same", **options: object
+    name: str,
+    source: Publisher = "torchvision",
+    *,
+    first_conv: FirstConv = "same",
+    inflate: Inflate | None = None,
+    **options: object,
 ) -> Network:
     """Our net of that name with the official weights, fetched by the code of the library that has them.
 
@@ -26,7 +32,7 @@ def pretrained(
             Hugging Face Hub. "monai": MedicalNet, ResNets alone, with strides where it had dilations, as MONAI builds
             them. "pytorchcv": ImageNet, and CIFAR and SVHN for the
             small nets.
-        first_conv: as in `load`, for `in_channels`.
+        first_conv, inflate: as in `load`, for another `in_channels`, or `dims=3` with weights of images.
         options: of the net; with another `num_classes` the head is new.
 
     Raises:
@@ -46,7 +52,8 @@ def pretrained(
     heads = {f"{table['head']}.bias" for table in VOCABULARIES[source] if "head" in table}
     classes = next((len(given[head]) for head in heads if head in given), 0)
     net = NAMES[source][base](**{"num_classes": classes, **options})
-    load(net, given, vocabulary=source, first_conv=first_conv, drop_head=net.num_classes != classes)
+    other_head = net.num_classes != classes
+    load(net, given, vocabulary=source, first_conv=first_conv, inflate=inflate, drop_head=other_head)
     return net
 
 

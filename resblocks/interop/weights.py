@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resblocks.fused import FusedConv
+from resblocks.interop.kernels import FirstConv, Inflate, fit_first_conv, inflated, misfit, narrowed, shape_there
 from resblocks.interop.vocabularies import POINTWISE, VOCABULARIES
 from resblocks.interop.words import (
     Table,
@@ -33,7 +34,6 @@ Source = Mapping[str, Tensor] | nn.Module | str | Path
 Publisher = Literal["torchvision", "torchvision.video", "timm", "transformers", "monai", "pytorchcv"]
 Library = Publisher | Literal["detectron2", "pytorch-cifar", "resblocks"]
 Vocabulary = Library | Table
-FirstConv = Literal["same", "sum", "repeat"]
 
 
 class Names(NamedTuple):
@@ -68,6 +68,7 @@ def load(
     vocabulary: Vocabulary | None = None,
     first_conv: FirstConv = "same",
     drop_head: bool = False,
+    inflate: Inflate | None = None,
     prefix: str = "",
     partial: bool = False,
 ) -> list[str]:
@@ -84,6 +85,10 @@ def load(
             kernels of the source's channels (one input channel: a grey image gives what its three-channel copy
             gave), "repeat" goes round the source's channels and keeps the size of the response.
         drop_head: leave the head of the net as it is, for other classes.
+        inflate: how kernels of images become those of volumes (or of sound those of images) if the net has more
+            dimensions than the source. "centre" puts them into the middle of the new dimension, between zeros: each
+            slice gives at first what the image gave. "mean" repeats them along it, divided by its size (Carreira and
+            Zisserman 2017, sec. 2.1). None refuses.
         prefix: what the names of the net's weights begin with in the source, "backbone." for instance; others are left
             out.
         partial: copy what the net has by name and shape, for a net with something changed, without skips or with
@@ -114,13 +119,13 @@ def load(
     check_not_fused(net, given)
     names = find_names(net, given, vocabulary, head=not drop_head, partial=partial)
     ours = net.state_dict()
-    check_target(net, next(iter(ours)), first_conv)
+    check_target(net, next(iter(ours)), first_conv, inflate)
     kept: dict[str, Tensor] = {}
     dropped: list[str] = []
     if drop_head:
         given, dropped = without_head(names, given)
         kept = {key: tensor for key, tensor in ours.items() if key.startswith("head.")}
-    new, notes, faults = match(ours, names, given, first_conv)
+    new, notes, faults = match(ours, names, given, first_conv, inflate)
     if partial and any(names.theirs[key] in given for key in new):
         nameless = [key for key in ours.keys() - names.theirs.keys() if key not in kept]
         notes += [f"{key}: kept as it was" for key in sorted(nameless)] + faults
@@ -158,20 +163,25 @@ def without_head(names: Names, given: Mapping[str, Tensor]) -> tuple[dict[str, T
 
 
 def match(
-    ours: Mapping[str, Tensor], names: Names, given: Mapping[str, Tensor], first_conv: FirstConv
+    ours: Mapping[str, Tensor],
+    names: Names,
+    given: Mapping[str, Tensor],
+    first_conv: FirstConv,
+    inflate: Inflate | None,
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """The tensors of the source as the net takes them, what was done to them, and what does not fit."""
     new: dict[str, Tensor] = {}
-    notes, faults, first, uncounted = [], [], next(iter(ours)), 0
+    notes, faults, first, uncounted, grown = [], [], next(iter(ours)), 0, 0
     for key, their_key in names.theirs.items():
         name, tensor = names.both(their_key, key), ours[key]
         if their_key in given:
             wanted = shape_there(tensor, given[their_key])
-            fitted, note = fit_first_conv(given[their_key], wanted, first_conv if key == first else "same")
+            kernel = inflated(given[their_key], wanted, inflate)
+            grown += kernel is not given[their_key]
+            fitted, note = fit_first_conv(kernel, wanted, first_conv if key == first else "same")
             notes += [f"{name}: {said}" for said in (note, narrowed(fitted, tensor)) if said]
             if fault := misfit(name, fitted, wanted, tensor):
-                adapts = key == first and fitted.shape[2:] == wanted[2:]
-                faults.append(fault + _hint(key, wanted[1] if adapts else 0))
+                faults.append(fault + (_first_hint(fitted, wanted) if key == first else _hint(key)))
             else:
                 new[key] = fitted.reshape(tensor.shape)
         elif key.endswith("num_batches_tracked"):
@@ -179,17 +189,13 @@ def match(
             uncounted += 1
         else:
             faults.append(f"missing in the source: {name}")
+    if grown:
+        notes.append(f"{grown} kernels: inflated by new dimensions ({inflate})")
     if uncounted:
         notes.append(f"{uncounted} num_batches_tracked: not in the source, start at 0")
     known = set(names.theirs.values())
     faults += [f"not in the net: {names.both(key)}{_hint(names.ours(key))}" for key in given if key not in known]
     return new, notes, faults
-
-
-def shape_there(tensor: Tensor, given: Tensor) -> torch.Size:
-    """Our tensor's shape in the source, where our linear layers may be 1x1 convolutions."""
-    pointwise = tensor.dim() == 2 and set(given.shape[2:]) == {1}
-    return torch.Size([*tensor.shape, *given.shape[2:]]) if pointwise else tensor.shape
 
 
 def check_not_fused(net: nn.Module, given: Mapping[str, Tensor]) -> None:
@@ -199,28 +205,17 @@ def check_not_fused(net: nn.Module, given: Mapping[str, Tensor]) -> None:
         raise ValueError("net must not be fused, since it has taken its norms in: load into the net, then fuse it")
 
 
-def check_target(net: nn.Module, first: str, first_conv: str) -> None:
-    """Raise unless the net has memory for weights, and a first convolution that can be adapted if that is asked for."""
+def check_target(net: nn.Module, first: str, first_conv: str, inflate: str | None) -> None:
+    """Raise unless the net has memory for weights, and convolutions that can be adapted if that is asked for."""
     if net.state_dict()[first].is_meta:
         raise ValueError("net must have memory for weights, got one on the meta device: net.to_empty(device=...) first")
     layer = net.get_submodule(first.rpartition(".")[0])
     if first_conv != "same" and isinstance(layer, WeightStandardised):
         raise ValueError(f"first_conv must be 'same' for standardised weights, which undo it, got {first_conv!r}")
-
-
-def misfit(name: str, given: Tensor, wanted: torch.Size, tensor: Tensor) -> str | None:
-    """Why a tensor of the source cannot become one of the net, or None."""
-    if tensor.is_floating_point() and not given.is_floating_point():
-        return f"dtype: {name} is {tensor.dtype} in the net and {given.dtype} in the source"
-    if given.shape != wanted:
-        return f"shape: {name} is {tuple(wanted)} in the net and {tuple(given.shape)} in the source"
-    return None
-
-
-def narrowed(given: Tensor, tensor: Tensor) -> str | None:
-    """What is lost of the digits of a tensor of the source, or None."""
-    less = given.is_floating_point() and given.dtype.itemsize > tensor.dtype.itemsize
-    return f"rounded from {given.dtype} to {tensor.dtype}" if less else None
+    if inflate not in (None, "centre", "mean"):
+        raise ValueError(f"inflate must be centre, mean or None, got {inflate!r}")
+    if inflate and any(isinstance(module, WeightStandardised) for module in net.modules()):
+        raise ValueError(f"inflate must be None for standardised weights, which change with it, got {inflate!r}")
 
 
 def to_vocabulary(net: nn.Module, vocabulary: Vocabulary) -> dict[str, Tensor]:
@@ -378,21 +373,6 @@ def tables_of(asked: Vocabulary | None) -> Mapping[str, tuple[Table | None, ...]
     return {asked: known[asked]}
 
 
-def fit_first_conv(kernel: Tensor, wanted: torch.Size, how: str) -> tuple[Tensor, str | None]:
-    """The first kernel for another number of input channels, and what was done to it."""
-    if how not in ("same", "sum", "repeat"):
-        raise ValueError(f"first_conv must be same, sum or repeat, got {how!r}")
-    if how == "same" or kernel.dim() < 3 or kernel.shape[1] == wanted[1]:
-        return kernel, None
-    had, wants = kernel.shape[1], wanted[1]
-    if how == "sum":
-        if wants != 1:
-            raise ValueError(f"first_conv='sum' needs a net with in_channels=1, got in_channels={wants}")
-        return kernel.sum(1, keepdim=True), f"its {had} input channels summed to 1"
-    channels = [channel % had for channel in range(wants)]
-    return kernel[:, channels] * (had / wants), f"its {had} input channels repeated to {wants}, times {had}/{wants}"
-
-
 def nameless(net: nn.Module, vocabulary: Vocabulary) -> str:
     """Which layers of the net keep it from being said in the vocabulary."""
     (name, tables), *_ = tables_of(vocabulary).items()
@@ -405,12 +385,17 @@ def _fewest(net: nn.Module, tables: Iterable[Table | None]) -> str:
     return ", ".join(fewest[:3]) + (", ..." if len(fewest) > 3 else "")
 
 
-def _hint(key: str, in_channels: int = 0) -> str:
-    """What would make a misfit fit: for the first convolution its channels are given."""
-    if key.startswith("head."):
-        return "; drop_head=True leaves it out"
-    how = "'sum' or 'repeat'" if in_channels == 1 else "'repeat'"
-    return f"; first_conv={how} adapts the channels" if in_channels else ""
+def _hint(key: str) -> str:
+    """What would make a misfit fit."""
+    return "; drop_head=True leaves it out" if key.startswith("head.") else ""
+
+
+def _first_hint(given: Tensor, wanted: torch.Size) -> str:
+    """The same of the first convolution, whose channels and dimensions can be adapted."""
+    if 2 < given.dim() < len(wanted):
+        return "; inflate='centre' or 'mean' adapts the dimensions"
+    how = "'sum' or 'repeat'" if wanted[1] == 1 else "'repeat'"
+    return f"; first_conv={how} adapts the channels" if given.shape[2:] == wanted[2:] else ""
 
 
 def _read_file(path: Path) -> Mapping[str, Tensor]:
