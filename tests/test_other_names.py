@@ -112,6 +112,28 @@ def test_medical_net_with_padded_shortcuts_gives_equal_logits_and_gradients_that
     assert found["input_gradient"] > 0.1  # MONAI's shortcut A takes x.data: no gradient flows through it
 
 
+@pytest.mark.parametrize(
+    ("theirs_options", "ours"),
+    [
+        ({}, {"stem": unstrided_stem}),
+        ({"conv1_t_stride": 2}, {}),
+        ({"conv1_t_stride": 2, "no_max_pool": True}, {"stem_pool": nn.Identity}),
+        ({"conv1_t_stride": 2, "bias_downsample": False}, {"shortcut": "B"}),
+        ({"conv1_t_stride": 2, "widen_factor": 0.5}, {"widths": (32, 64, 128, 256), "stem_width": 32}),
+    ],
+)
+def test_options_of_monai_have_the_words_that_the_page_says(theirs_options: Any, ours: Any) -> None:
+    from monai.networks.nets import ResNet as Monai
+
+    torch.manual_seed(0)
+    blocks: Any = ("basic", [1, 1, 1, 1], [64, 128, 256, 512])
+    model = randomise(Monai(*blocks, spatial_dims=1, n_input_channels=2, num_classes=3, **theirs_options))
+    options = {"depths": (1, 1, 1, 1), "shortcut": biased_projection, **ours}
+    net = create_model("resnet18", dims=1, in_channels=2, num_classes=3, **options)
+    assert load(net, model) == []
+    assert_same(net, model, torch.randn(4, 2, 64))
+
+
 def test_biased_projection_is_that_of_monai() -> None:
     from monai.networks.nets import resnet10
 
