@@ -6,6 +6,7 @@ And what the benchmarks have in common: turns, ratios, files of results.
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,14 @@ def test_emulated_bfloat16_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
     assert peers.timed_dtype("float32") == torch.float32
     with pytest.raises(SystemExit, match="dtype must be float32: this processor emulates bfloat16"):
         peers.timed_dtype("bfloat16")
+
+
+def test_pair_with_nan_is_not_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"logits": math.nan, "train_logits": 0.0, "gradients": 0.0, "input_gradient": 0.0}
+    monkeypatch.setattr(names.interop, "differences", lambda *_, **__: found)
+    row = names.compare("transformers:resnet-18", seed=0)
+    assert row["equal"] is False
+    assert 0 <= row["logits_moved"] < 1e-12
 
 
 class Steep(torch.nn.Module):

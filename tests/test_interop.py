@@ -642,6 +642,57 @@ def test_inflation_is_asked_for_and_goes_with_other_channels() -> None:
     assert load(create_model("resnet18", num_classes=5), model, inflate="mean") == []  # nothing to inflate
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_digits_of_a_source_are_not_made_fewer(dtype: torch.dtype) -> None:
+    model, net = torchvision_net(5).to(dtype), create_model("resnet18", dims=3, in_channels=1, num_classes=5)
+    assert not any("rounded" in note for note in load(net, model, inflate="mean", first_conv="sum"))
+    kernel = model.conv1.weight.float().sum(1)
+    torch.testing.assert_close(net.stem.conv.weight.sum((1, 2)), kernel, rtol=1e-6, atol=1e-6)
+
+
+def test_kernels_grow_by_what_the_net_has_more_alone() -> None:
+    class Spatial(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, 1, 3, 3))
+
+    eca, spatial = create_model("resnet20", attention=rb.ECA), create_model("resnet20", attention=Spatial)
+    notes = load(spatial, eca, inflate="mean", partial=True)
+    assert not any("inflated" in note for note in notes)
+    assert sum("attention.weight" in note for note in notes) == 9
+
+
+def test_source_of_integers_is_refused_by_its_dtype() -> None:
+    state = {key: tensor.to(torch.int8) for key, tensor in torchvision_net(5).state_dict().items()}
+    net = create_model("resnet18", dims=3, in_channels=1, num_classes=5)
+    assert "dtype: stem.conv.weight" in refused(net, state, inflate="mean", first_conv="sum")
+
+
+def test_hints_are_of_the_net_and_of_what_fits_best() -> None:
+    state = {f"net.{key}": tensor for key, tensor in torchvision_net().state_dict().items() if key != "conv1.weight"}
+    with pytest.raises(ValueError, match=r"got 121 keys such as \[[^]]*\]$"):
+        load(create_model("resnet18"), state)
+    both = {f"{name}{key}": tensor for name in ("q.", "k.") for key, tensor in torchvision_net().state_dict().items()}
+    with pytest.raises(ValueError, match=r"; prefix='q\.' would find its names$"):
+        load(create_model("resnet18"), both)
+    deep = TIMM["resnet18d"]()
+    with pytest.raises(ValueError, match=r"; in timm stages\.0\.0\.branch\.attention.* would have no name$"):
+        load(TIMM["resnet18d"](attention=CBAM), to_timm(deep))
+
+
+def test_two_layers_of_one_name_are_an_error_in_known_vocabularies_too() -> None:
+    class Odd(PreActBasicBlock):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.branch.add_module("norm1", nn.BatchNorm2d(self.out_channels))
+
+    net = create_model("preact_resnet18", block=Odd)
+    with pytest.raises(
+        ValueError, match=r"got 'stages\.1\.blocks\.0\.norm1\.weight' for stages\.1\.0\.preact\.norm1\.w"
+    ):
+        to_timm(net)
+
+
 def test_inflation_that_cannot_be_is_refused() -> None:
     net = create_model("resnet18", dims=3, conv=weight_standardised)
     with pytest.raises(

@@ -15,8 +15,9 @@ Inflate = Literal["centre", "mean"]
 def inflated(kernel: Tensor, wanted: torch.Size, how: Inflate | None) -> Tensor:
     """A kernel with new dimensions before its own, as many as are wanted; itself where none are."""
     new = wanted[2 : 2 + len(wanted) - kernel.dim()]
-    if how is None or kernel.dim() < 3 or not new:
+    if how is None or kernel.dim() < 3 or not new or not kernel.is_floating_point():
         return kernel
+    kernel = widened(kernel)
     out = kernel.new_zeros((*kernel.shape[:2], *new, *kernel.shape[2:]))
     if how == "mean":
         out += kernel.reshape(*kernel.shape[:2], *[1] * len(new), *kernel.shape[2:]) / prod(new)
@@ -24,6 +25,11 @@ def inflated(kernel: Tensor, wanted: torch.Size, how: Inflate | None) -> Tensor:
         middle = [size // 2 for size in new]
         out.movedim(list(range(2, 2 + len(new))), list(range(len(new))))[tuple(middle)] = kernel
     return out
+
+
+def widened(kernel: Tensor) -> Tensor:
+    """The kernel in at least float32: to compute in fewer digits would lose some."""
+    return kernel.float() if kernel.dtype.itemsize < 4 else kernel
 
 
 def shape_there(tensor: Tensor, given: Tensor) -> torch.Size:
@@ -36,8 +42,9 @@ def fit_first_conv(kernel: Tensor, wanted: torch.Size, how: str) -> tuple[Tensor
     """The first kernel for another number of input channels, and what was done to it."""
     if how not in ("same", "sum", "repeat"):
         raise ValueError(f"first_conv must be same, sum or repeat, got {how!r}")
-    if how == "same" or kernel.dim() < 3 or kernel.shape[1] == wanted[1]:
+    if how == "same" or kernel.dim() < 3 or kernel.shape[1] == wanted[1] or not kernel.is_floating_point():
         return kernel, None
+    kernel = widened(kernel)
     had, wants = kernel.shape[1], wanted[1]
     if how == "sum":
         if wants != 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -86,9 +86,9 @@ def load(
             gave), "repeat" goes round the source's channels and keeps the size of the response.
         drop_head: leave the head of the net as it is, for other classes.
         inflate: how kernels of images become those of volumes (or of sound those of images) if the net has more
-            dimensions than the source. "centre" puts them into the middle of the new dimension, between zeros: each
-            slice gives at first what the image gave. "mean" repeats them along it, divided by its size (Carreira and
-            Zisserman 2017, sec. 2.1). None refuses.
+            dimensions than the source. The new one comes first, (D, H, W). "centre" puts them into its middle, between
+            zeros: each slice gives at first what the image gave. "mean" repeats them along it, divided by its size
+            (Carreira and Zisserman 2017, sec. 2.1). None refuses.
         prefix: what the names of the net's weights begin with in the source, "backbone." for instance; others are left
             out.
         partial: copy what the net has by name and shape, for a net with something changed, without skips or with
@@ -172,14 +172,16 @@ def match(
     """The tensors of the source as the net takes them, what was done to them, and what does not fit."""
     new: dict[str, Tensor] = {}
     notes, faults, first, uncounted, grown = [], [], next(iter(ours)), 0, 0
+    missing = missing_dims(ours, names, given)
     for key, their_key in names.theirs.items():
         name, tensor = names.both(their_key, key), ours[key]
         if their_key in given:
             wanted = shape_there(tensor, given[their_key])
-            kernel = inflated(given[their_key], wanted, inflate)
+            grows = len(wanted) - given[their_key].dim() in missing
+            kernel = inflated(given[their_key], wanted, inflate if grows else None)
             grown += kernel is not given[their_key]
             fitted, note = fit_first_conv(kernel, wanted, first_conv if key == first else "same")
-            notes += [f"{name}: {said}" for said in (note, narrowed(fitted, tensor)) if said]
+            notes += [f"{name}: {said}" for said in (note, narrowed(given[their_key], tensor)) if said]
             if fault := misfit(name, fitted, wanted, tensor):
                 faults.append(fault + (_first_hint(fitted, wanted) if key == first else _hint(key)))
             else:
@@ -196,6 +198,13 @@ def match(
     known = set(names.theirs.values())
     faults += [f"not in the net: {names.both(key)}{_hint(names.ours(key))}" for key in given if key not in known]
     return new, notes, faults
+
+
+def missing_dims(ours: Mapping[str, Tensor], names: Names, given: Mapping[str, Tensor]) -> Sequence[int]:
+    """By how many dimensions kernels are to grow: those of the first layer tell, if the source has it."""
+    first = next(iter(ours))
+    there = given.get(names.theirs.get(first, ""))
+    return (1, 2) if there is None else (ours[first].dim() - there.dim(),)
 
 
 def check_not_fused(net: nn.Module, given: Mapping[str, Tensor]) -> None:
@@ -221,6 +230,9 @@ def check_target(net: nn.Module, first: str, first_conv: str, inflate: str | Non
 def to_vocabulary(net: nn.Module, vocabulary: Vocabulary) -> dict[str, Tensor]:
     """The state dict of our net under the names of another library, or of a table of your own as in `load`.
 
+    Under names of your own linear layers stay such: where theirs are 1x1 convolutions, as squeeze-and-excitation often
+    has them, their weights want `[:, :, None, None]`.
+
     Raises:
         ValueError: the vocabulary has no name for a layer of the net, or there is none like it.
     """
@@ -228,6 +240,7 @@ def to_vocabulary(net: nn.Module, vocabulary: Vocabulary) -> dict[str, Tensor]:
     names = next(iter(speakers(net, vocabulary)), None)
     if names is None:
         raise ValueError(nameless(net, vocabulary))
+    check_distinct(names.theirs)
     return {names.theirs[key]: names.as_theirs(names.theirs[key], tensor) for key, tensor in net.state_dict().items()}
 
 
@@ -318,29 +331,33 @@ def find_names(
         raise ValueError(nameless(net, vocabulary or "resblocks"))
     best = max(spoken, key=lambda names: names.fit(given))
     if vocabulary is None and not given.keys() & set(best.theirs.values()):
-        tried = ", ".join(dict.fromkeys(names.vocabulary for names in spoken))
+        tried = dict.fromkeys(names.vocabulary for names in spoken)
         others = [names for names in speakers(net, None, head=head, partial=True) if names.vocabulary not in tried]
         raise ValueError(
-            f"source must have the names of {tried} for this net, or of a table that you give as vocabulary, "
+            f"source must have the names of {', '.join(tried)} for this net, or of a table given as vocabulary, "
             f"got {len(given)} keys such as {list(given)[:3]}"
             f"{prefix_hint(spoken, given)}{table_hint(net, others, given)}"
         )
+    check_distinct(best.theirs)
     return best
 
 
 def prefix_hint(spoken: list[Names], given: Mapping[str, Tensor]) -> str:
-    """The prefix that would find the net in a larger model: one key alone is that of a layer."""
-    firsts = {key for names in spoken for key in [*names.theirs.values()][:1]}
-    prefixes = {key.removesuffix(first) for key in given for first in firsts if key.endswith(f".{first}")}
-    known = {key for names in spoken for key in names.theirs.values()}
-    found = [prefix for prefix in prefixes if sum(f"{prefix}{key}" in given for key in known) > 1]
-    return f"; prefix={min(found, key=len)!r} would find its names" if found else ""  # the net, not a block
+    """The prefix that would find the net in a larger model, not one of its blocks."""
+    for names in spoken:
+        theirs = [*names.theirs.values()]
+        for prefix in [key.removesuffix(theirs[0]) for key in given if key.endswith(f".{theirs[0]}")]:
+            if sum(f"{prefix}{key}" in given for key in theirs) > len(theirs) / 2:
+                return f"; prefix={prefix!r} would find its names"
+    return ""
 
 
 def table_hint(net: nn.Module, others: list[Names], given: Mapping[str, Tensor]) -> str:
     """What of the net has no name in the source's vocabulary."""
-    near = [names for names in others if names.fit(given)[0] > len(given) / 2][:1]
-    return "".join(f"; in {names.vocabulary} {_fewest(net, [names.table])} would have no name" for names in near)
+    best = max(others, key=lambda names: names.fit(given), default=None)
+    if best is None or best.fit(given)[0] <= len(given) / 2:
+        return ""
+    return f"; in {best.vocabulary} {_fewest(net, [best.table])} would have no name"
 
 
 def speakers(net: nn.Module, asked: Vocabulary | None, *, head: bool = True, partial: bool = False) -> list[Names]:
@@ -350,9 +367,6 @@ def speakers(net: nn.Module, asked: Vocabulary | None, *, head: bool = True, par
         for vocabulary, tables in tables_of(asked).items()
         for table in tables
     ]
-    if isinstance(asked, Mapping):
-        for names in maps:
-            check_distinct(names.theirs)
     return [names for names in maps if names.theirs]
 
 
