@@ -73,7 +73,7 @@ BUILD: dict[str, Callable[[str], nn.Module]] = {
     "monai": of_monai,
     "pytorchcv": of_pytorchcv,
 }
-# Weights and gradients of both in float64 take 30 GB; a thousand layers take minutes.
+# Weights and gradients of both in float64 take 30 GB; the others would take long.
 TOO_LARGE = ("timm:resnetv2_152x4_bit", "pytorchcv:*1001_*", "pytorchcv:*1202_*", "pytorchcv:densenet[12]?0_k[24]?_*")
 
 

@@ -305,8 +305,16 @@ def test_saved_net_with_a_missing_weight_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("config", [None, {"model_type": "bert"}])
-def test_weights_without_a_config_of_ours_are_refused(tmp_path: Path, config: dict[str, str] | None) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        {"model_type": "bert"},
+        {"name": "resnet20", "args": [], "options": [1]},
+        {"name": "resnet20", "args": [], "options": {}, "module": "resnet20"},
+    ],
+)
+def test_weights_without_a_config_of_ours_are_refused(tmp_path: Path, config: dict[str, Any] | None) -> None:
     pytest.importorskip("huggingface_hub")
     save_pretrained(rb.create_model("resnet20"), tmp_path)
     (tmp_path / "config.json").unlink()

@@ -662,6 +662,16 @@ def test_kernels_grow_by_what_the_net_has_more_alone() -> None:
     assert sum("attention.weight" in note for note in notes) == 9
 
 
+def test_shapes_in_an_error_are_those_of_the_source() -> None:
+    net = create_model("resnet18", dims=3, stem="cifar", num_classes=5)
+    said = refused(net, torchvision_net(5), inflate="mean")
+    assert "is (64, 3, 3, 3, 3) in the net and (64, 3, 7, 7) in the source\n" in f"{said}\n"
+    notes = load(net, torchvision_net(5), inflate="mean", partial=True)
+    assert notes[0] == "19 kernels: inflated by new dimensions (mean)"  # all but the stem's
+    said = refused(create_model("resnet18", stem_width=32, num_classes=5), torchvision_net(5))
+    assert "is (32, 3, 7, 7) in the net and (64, 3, 7, 7) in the source\n" in said
+
+
 def test_source_of_integers_is_refused_by_its_dtype() -> None:
     state = {key: tensor.to(torch.int8) for key, tensor in torchvision_net(5).state_dict().items()}
     net = create_model("resnet18", dims=3, in_channels=1, num_classes=5)

@@ -79,7 +79,7 @@ def _hub_net() -> Any:
             trust: tuple[str, ...] = (),
         ) -> None:
             super().__init__()
-            if not name or options is None:
+            if not name or not isinstance(options, dict) or not (module is None or isinstance(module, nn.Module)):
                 raise ValueError("source must have a config.json of resblocks beside its weights, or use `load`")
             config = {"name": name, "args": args, "options": options}
             self.module = from_config(config, trust=trust) if module is None else module

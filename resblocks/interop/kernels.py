@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +18,12 @@ def inflated(kernel: Tensor, wanted: torch.Size, how: Inflate | None) -> Tensor:
     if how is None or kernel.dim() < 3 or not new or not kernel.is_floating_point():
         return kernel
     kernel = widened(kernel)
-    out = kernel.new_zeros((*kernel.shape[:2], *new, *kernel.shape[2:]))
+    channels, plane = kernel.shape[:2], kernel.shape[2:]
     if how == "mean":
-        out += kernel.reshape(*kernel.shape[:2], *[1] * len(new), *kernel.shape[2:]) / prod(new)
-    else:
-        middle = [size // 2 for size in new]
-        out.movedim(list(range(2, 2 + len(new))), list(range(len(new))))[tuple(middle)] = kernel
+        return kernel.reshape(*channels, *[1] * len(new), *plane).expand(*channels, *new, *plane) / prod(new)
+    middle: list[Any] = [slice(None), slice(None), *(size // 2 for size in new)]
+    out = kernel.new_zeros((*channels, *new, *plane))
+    out[tuple(middle)] = kernel
     return out
 
 
@@ -54,11 +54,11 @@ def fit_first_conv(kernel: Tensor, wanted: torch.Size, how: str) -> tuple[Tensor
     return kernel[:, channels] * (had / wants), f"its {had} input channels repeated to {wants}, times {had}/{wants}"
 
 
-def misfit(name: str, given: Tensor, wanted: torch.Size, tensor: Tensor) -> str | None:
-    """Why a tensor of the source cannot become one of the net, or None."""
+def misfit(name: str, fitted: Tensor, given: Tensor, wanted: torch.Size, tensor: Tensor) -> str | None:
+    """Why a tensor of the source, fitted as far as that goes, cannot become one of the net, or None."""
     if tensor.is_floating_point() and not given.is_floating_point():
         return f"dtype: {name} is {tensor.dtype} in the net and {given.dtype} in the source"
-    if given.shape != wanted:
+    if fitted.shape != wanted:
         return f"shape: {name} is {tuple(wanted)} in the net and {tuple(given.shape)} in the source"
     return None
 

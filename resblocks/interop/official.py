@@ -30,8 +30,7 @@ def pretrained(
             default.
         source: who has the weights. "torchvision.video": Kinetics-400. "transformers": microsoft/resnet-* of the
             Hugging Face Hub. "monai": MedicalNet, ResNets alone, with strides where it had dilations, as MONAI builds
-            them. "pytorchcv": ImageNet, and CIFAR and SVHN for the
-            small nets.
+            them. "pytorchcv": ImageNet; CIFAR and SVHN for the small nets.
         first_conv, inflate: as in `load`, for another `in_channels`, or `dims=3` with weights of images.
         options: of the net; with another `num_classes` the head is new.
 

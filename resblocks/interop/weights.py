@@ -21,6 +21,7 @@ from resblocks.interop.words import (
     key_map,
     nameless_layers,
     reversed_table,
+    translate,
     translate_key,
 )
 from resblocks.layers import WeightStandardised
@@ -52,8 +53,10 @@ class Names(NamedTuple):
         return f"{ours or self.ours(key) or 'no name of ours'} ({self.vocabulary}: {key})"
 
     def fit(self, given: Mapping[str, Tensor]) -> tuple[int, int]:
-        """How many keys of a source the net takes, and how many the table knows, those of a dropped head too."""
-        return len(given.keys() & set(self.theirs.values())), sum(self.ours(key) != "" for key in given)
+        """How many keys of a source the net takes, and how many layers the table knows, a dropped head's too."""
+        table = reversed_table(self.table) if self.table else {}
+        layers = {key.rpartition(".")[0] for key in given}
+        return len(given.keys() & set(self.theirs.values())), sum(translate(name, table) is not None for name in layers)
 
     def as_theirs(self, key: str, tensor: Tensor) -> Tensor:
         """Our tensor in the shape that it has under their key."""
@@ -101,8 +104,8 @@ def load(
 
     Raises:
         ValueError: keys that are missing, too many or of another shape, each in both vocabularies, or with `partial`
-            nothing that fits; nothing is loaded then. Also a net for which the vocabulary has no names, a file of
-            another kind.
+            nothing that fits; nothing is loaded then. Also a net for which the vocabulary has no names, two layers of
+            one name, first_conv or inflate for standardised weights, a file of another kind.
 
     Example:
         >>> from resblocks import create_model
@@ -179,13 +182,13 @@ def match(
             wanted = shape_there(tensor, given[their_key])
             grows = len(wanted) - given[their_key].dim() in missing
             kernel = inflated(given[their_key], wanted, inflate if grows else None)
-            grown += kernel is not given[their_key]
             fitted, note = fit_first_conv(kernel, wanted, first_conv if key == first else "same")
             notes += [f"{name}: {said}" for said in (note, narrowed(given[their_key], tensor)) if said]
-            if fault := misfit(name, fitted, wanted, tensor):
+            if fault := misfit(name, fitted, given[their_key], wanted, tensor):
                 faults.append(fault + (_first_hint(fitted, wanted) if key == first else _hint(key)))
             else:
                 new[key] = fitted.reshape(tensor.shape)
+                grown += kernel is not given[their_key]
         elif key.endswith("num_batches_tracked"):
             new[key] = torch.zeros_like(tensor)
             uncounted += 1
@@ -409,7 +412,8 @@ def _first_hint(given: Tensor, wanted: torch.Size) -> str:
     if 2 < given.dim() < len(wanted):
         return "; inflate='centre' or 'mean' adapts the dimensions"
     how = "'sum' or 'repeat'" if wanted[1] == 1 else "'repeat'"
-    return f"; first_conv={how} adapts the channels" if given.shape[2:] == wanted[2:] else ""
+    adapts = given.shape[2:] == wanted[2:] and given.shape[1] != wanted[1]
+    return f"; first_conv={how} adapts the channels" if adapts else ""
 
 
 def _read_file(path: Path) -> Mapping[str, Tensor]:
