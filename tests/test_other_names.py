@@ -321,6 +321,7 @@ def test_number_that_comes_twice_in_a_name_is_one_number() -> None:
     back = {theirs: ours for ours, theirs in table.items()}
     assert translate("stage4.trans4", back) == "a3"
     assert translate("stage4.trans5", back) is None
+    assert translate("stage0.trans0", back) is None  # would be a-1
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)

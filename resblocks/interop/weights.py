@@ -130,8 +130,8 @@ def load(
         kept = {key: tensor for key, tensor in ours.items() if key.startswith("head.")}
     new, notes, faults = match(ours, names, given, first_conv, inflate)
     if partial and any(names.theirs[key] in given for key in new):
-        nameless = [key for key in ours.keys() - names.theirs.keys() if key not in kept]
-        notes += [f"{key}: kept as it was" for key in sorted(nameless)] + faults
+        others = [key for key in ours.keys() - names.theirs.keys() if key not in kept]
+        notes += [f"{key}: kept as it was" for key in sorted(others)] + faults
         kept, faults = ours, []
     if faults:
         raise ValueError("source must fit the net, nothing was loaded:\n  " + "\n  ".join(faults))
@@ -302,12 +302,10 @@ def plain_names(given: Mapping[Any, Any]) -> dict[str, Tensor]:
             raise ValueError(f"source must hold dense tensors with values, got a {kind} one under {key!r}")
     # Names of torch.compile, and the count of an AveragedModel.
     names = {key: key.replace("_orig_mod.", "") for key in given if key != "n_averaged"}
-    prefix = (
-        "module." if all(name.startswith("module.") for name in names.values()) else ""
-    )  # of data-parallel wrappers
+    wrapped = all(name.startswith("module.") for name in names.values())  # in data-parallel wrappers
     plain: dict[str, Tensor] = {}
     for key, name in names.items():
-        if (name := _plain_dense_name(name.removeprefix(prefix))) in plain:
+        if (name := _plain_dense_name(name.removeprefix("module." if wrapped else ""))) in plain:
             raise ValueError(f"source must have one tensor for each name, got several for {name!r}")
         plain[name] = given[key]
     return plain

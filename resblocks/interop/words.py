@@ -88,6 +88,8 @@ def translate(layer: str, table: Table) -> str | None:
         match = _pattern(template).fullmatch(layer)
         if match:
             numbers = {field: int(match[field]) - int(offset or 0) for field, offset in _FIELD.findall(template)}
+            if min(numbers.values(), default=0) < 0:  # of "layer0", where the first is layer1
+                return None
             return _FIELD.sub(lambda field: str(numbers[field[1]] + int(field[2] or 0)), other)  # noqa: B023
     return None
 
