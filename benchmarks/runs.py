@@ -95,13 +95,14 @@ def tables(programme: str, *left_out: str) -> str:
         f"{caption(group)}\n\n{table(group, *left_out)}"
         for group in groups([run for run in runs if "failed" not in run])
     ]
-    left = len(sweep.PROGRAMMES[programme]) - len(runs)
+    planned = len(sweep.PROGRAMMES[programme])
+    left = planned - len(runs)
     if failed := [run for run in runs if "failed" in run]:
         parts.append(
             "".join(f"- {title(run['name'])}, seed {run['settings']['seed']}: {run['failed']}\n" for run in failed)
         )
     if left:
-        parts.append(f"{left} of the programme's {len(sweep.PROGRAMMES[programme])} runs have not been made.\n")
+        parts.append(f"{left} of the programme's {planned} runs {'has' if left == 1 else 'have'} not been made.\n")
     where = (RUNS / programme).relative_to(ROOT).as_posix()
     return "\n".join([*parts, f"Every epoch of every run, gradients by layer too: `{where}/`.\n"])
 
