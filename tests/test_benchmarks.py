@@ -144,7 +144,10 @@ def test_logits_move_with_the_last_digit_of_a_pixel() -> None:
 
 def test_pair_whose_weights_do_not_come_back_is_not_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     back = names.interop.to_vocabulary
-    twice = lambda *args: {key: 2 * value for key, value in back(*args).items()}  # noqa: E731
+
+    def twice(*args: Any) -> dict[str, torch.Tensor]:
+        return {key: 2 * value for key, value in back(*args).items()}
+
     monkeypatch.setattr(names.interop, "to_vocabulary", twice)
     found = names.compare("torchvision:resnet18", seed=0)
     assert (found["notes"], found["dtype"]) == ([], "float32")  # otherwise they are

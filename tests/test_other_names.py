@@ -180,6 +180,16 @@ def test_model_that_puts_out_no_tensor_is_refused() -> None:
         differences(net, lists, torch.randn(1, 3, 8, 8))
 
 
+def test_activation_of_timm_has_the_word_that_the_page_says() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    model = randomise(timm.create_model("resnet18", act_layer="silu", num_classes=3))
+    net = NAMES["timm"]["resnet18"](activation=nn.SiLU, num_classes=3)
+    assert load(net, model) == []
+    assert_same(net, model, torch.randn(2, 3, 32, 32))
+
+
 # --- the scripts for CIFAR that many repositories took over
 
 
