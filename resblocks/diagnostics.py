@@ -18,12 +18,17 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map_only
 
 from resblocks.checks import check_input_size, explained
+from resblocks.landscape import loss_line as loss_line
+from resblocks.landscape import loss_surface as loss_surface
+from resblocks.landscape import random_direction as random_direction
 from resblocks.lesions import Lesion as Lesion
 from resblocks.lesions import LesionStudy as LesionStudy
 from resblocks.lesions import lesion_curve as lesion_curve
 from resblocks.lesions import lesion_study as lesion_study
+from resblocks.lesions import path_gradients as path_gradients
+from resblocks.measures import norm_of, scalar, variance_of, wide
 from resblocks.residual import Residual, plain_name, residuals, some_residuals
-from resblocks.undisturbed import INTERNAL, attributes_restored, eager, hooked, restored, unwrapped
+from resblocks.undisturbed import INTERNAL, attributes_restored, hooked, undisturbed, unwrapped
 
 
 def count_params(net: nn.Module, trainable_only: bool = False) -> int:
@@ -177,7 +182,7 @@ def gradient_sizes(net: nn.Module) -> list[GradientFlow]:
     for name, weight in _weights(unwrapped(net)):
         if weight.grad is None:
             continue
-        grad = _wide(weight.grad)
+        grad = wide(weight.grad)
         mean_abs, norm, std = torch.stack([grad.abs().mean(), grad.norm(), grad.std(correction=0)]).tolist()
         rows.append(GradientFlow(plain_name(name), grad.numel(), mean_abs, norm, std))
     return rows
@@ -236,8 +241,7 @@ def signal_report(net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | 
     """
     blocks = some_residuals(net)
     taps = {name: _Tap(loss is not None) for name in blocks}
-    cuda = [x.device] if x.device.type == "cuda" else []
-    with restored(net), eager(), torch.random.fork_rng(devices=cuda), torch.set_grad_enabled(loss is not None):
+    with undisturbed(net, x), torch.set_grad_enabled(loss is not None):
         # Gradients are wanted at values inside the net, so a frozen net must build a graph too.
         # A copy of the leaf, which a net that begins in place may write over.
         x = x.detach().clone().requires_grad_(loss is not None and x.is_floating_point()).clone()
@@ -253,7 +257,7 @@ def signal_report(net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | 
         ran = {name: tap for name, tap in taps.items() if tap.ran}
         if loss is not None:
             values = [value for tap in ran.values() for value in (tap.merged, tap.branch)]
-            norms = iter(_grad_norms(_scalar(loss(out)), values))
+            norms = iter(_grad_norms(scalar(loss(out)), values))
             for tap in ran.values():
                 tap.grad_norms = (next(norms), next(norms))
     return [BlockSignal(name, blocks[name].skip, *tap.variances, *tap.grad_norms) for name, tap in ran.items()]
@@ -273,13 +277,13 @@ class _Tap:
 
     def on_branch(self, module: nn.Module, args: Any, y: Tensor) -> Tensor:
         self.branch = self.merged = y
-        self.variances = (None, _var(y), _var(y))
+        self.variances = (None, variance_of(y), variance_of(y))
         self.ran = True
         return self.hand_on(y)
 
     def on_merge(self, module: nn.Module, args: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
         self.merged = y
-        self.variances = (_var(args[0]), _var(args[1]), _var(y))
+        self.variances = (variance_of(args[0]), variance_of(args[1]), variance_of(y))
         return self.hand_on(y)
 
     def hand_on(self, y: Tensor) -> Tensor:
@@ -287,34 +291,13 @@ class _Tap:
         return y.clone() if self.for_gradients else y
 
 
-def _wide(x: Tensor) -> Tensor:
-    """In float64: squares of values that vanish or explode leave the range of float32."""
-    x = x.detach().cpu() if x.device.type == "mps" else x.detach()  # which has no float64
-    return x.to(torch.complex128 if x.is_complex() else torch.float64)
-
-
-def _var(x: Tensor) -> float:
-    return float(_wide(x).var(correction=0))
-
-
-def _scalar(loss: object) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss must return a tensor with one value, got {got}")
-    return loss
-
-
 def _grad_norms(loss: Tensor, values: Sequence[Tensor]) -> list[float | None]:
     """Norms of the gradients of the loss, None for a value outside the graph and 0 for one that it does not use."""
     inside = [value for value in values if value.requires_grad]
     # autograd.grad instead of backward: no .grad is read or written.
     used = loss.requires_grad and bool(inside)
-    norms = map(_norm, torch.autograd.grad(loss, inside, allow_unused=True) if used else [None] * len(inside))
+    norms = map(norm_of, torch.autograd.grad(loss, inside, allow_unused=True) if used else [None] * len(inside))
     return [next(norms) if value.requires_grad else None for value in values]
-
-
-def _norm(grad: Tensor | None) -> float:
-    return 0.0 if grad is None else float(_wide(grad).norm())
 
 
 def _parts(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

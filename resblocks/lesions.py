@@ -1,4 +1,7 @@
-"""What a net loses with some of its blocks damaged (Veit et al. 2016, "Residual networks behave like ensembles")."""
+"""A residual net as many paths (Veit et al. 2016, "Residual networks behave like ensembles").
+
+What it loses with some of its blocks damaged, and how much gradient flows through single paths.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from resblocks.checks import check_positive, check_sequence
+from resblocks.measures import norm_of, scalar
 from resblocks.residual import Residual, Where, skips_off, some_residuals
-from resblocks.undisturbed import eager, hooked, restored
+from resblocks.undisturbed import eager, hooked, restored, undisturbed
 
 Part: TypeAlias = Literal["branch", "skip"]
 Evaluate: TypeAlias = Callable[[nn.Module], float]
@@ -87,12 +91,7 @@ def lesion_curve(
     """
     blocks = list(_candidates(net, part, where).values())
     counts = range(len(blocks) + 1) if counts is None else counts
-    check_sequence(counts=counts)
-    check_positive(trials=trials)
-    if any(type(count) is not int or not 0 <= count <= len(blocks) for count in counts):
-        raise ValueError(
-            f"counts must be integers from 0 to the {len(blocks)} blocks that can be damaged, got {counts}"
-        )
+    _check_draws(len(blocks), trials, counts=counts)
     return {
         count: [
             _metric(net, evaluate, [blocks[index] for index in chosen], part)
@@ -100,6 +99,74 @@ def lesion_curve(
         ]
         for count in counts
     }
+
+
+def path_gradients(
+    net: nn.Module,
+    x: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    lengths: Sequence[int] | None = None,
+    *,
+    trials: int = 10,
+    seed: int = 0,
+    where: Where | None = None,
+) -> dict[int, list[float]]:
+    """The gradient that reaches the input through one path at a time (Veit et al. 2016, section 4.3, fig. 6b).
+
+    A net of n blocks has one path for each choice of blocks: through their branches, and through the shortcuts of the
+    others. Forward is that of the whole net; backward follows one path. The net runs in the mode that it is in.
+
+    Args:
+        x: a batch of floating point numbers.
+        loss: maps the net's output to a scalar.
+        lengths: through how many branches; None is 0, 1, 2, ... up to all of them.
+        trials: different paths for each length; all of them where there are no more than trials.
+        seed: of the draws; the same one draws the same paths, whatever the other lengths.
+        where: the blocks to choose among, as in `resblocks.set_skip`; gradients pass both ways through the others.
+
+    Returns:
+        The Euclidean norms of the gradient at x, a path each, for each length.
+
+    Raises:
+        ValueError: a length above the number of blocks, trials below 1; x of integers; the loss is no scalar; no block
+            has a skip that is on.
+    """
+    blocks = list(_candidates(net, "skip", where).values())
+    lengths = range(len(blocks) + 1) if lengths is None else lengths
+    _check_draws(len(blocks), trials, lengths=lengths)
+    if not x.is_floating_point():
+        raise ValueError(f"x must be of floating point numbers, got {x.dtype}")
+    return {
+        length: [
+            _path_gradient(net, x, loss, blocks, {blocks[index] for index in chosen})
+            for chosen in _draws(len(blocks), length, trials, seed)
+        ]
+        for length in lengths
+    }
+
+
+def _path_gradient(
+    net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], blocks: Sequence[Residual], chosen: set[Residual]
+) -> float:
+    hooks = (block.merge.register_forward_pre_hook(_without(0 if block in chosen else 1)) for block in blocks)
+    with undisturbed(net, x), torch.enable_grad(), hooked(hooks):
+        start = x.detach().clone().requires_grad_()
+        value = scalar(loss(net(start.clone())))  # a net that begins in place may write over the copy of the leaf
+        (grad,) = torch.autograd.grad(value, start, allow_unused=True) if value.requires_grad else (None,)
+    return norm_of(grad)
+
+
+def _without(position: int) -> Callable[..., tuple[Tensor, ...]]:
+    """A hook that lets no gradient through what enters a merge there: 0 is the shortcut, 1 the branch."""
+    return lambda merge, args: tuple(arg.detach() if at == position else arg for at, arg in enumerate(args))
+
+
+def _check_draws(blocks: int, trials: int, **arguments: Sequence[int]) -> None:
+    check_sequence(**arguments)
+    check_positive(trials=trials)
+    for name, counts in arguments.items():
+        if any(type(count) is not int or not 0 <= count <= blocks for count in counts):
+            raise ValueError(f"{name} must be integers from 0 to the {blocks} blocks whose skip is on, got {counts}")
 
 
 def _draws(blocks: int, count: int, trials: int, seed: int) -> list[tuple[int, ...]]:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
@@ -28,6 +28,14 @@ def eager() -> AbstractContextManager[None]:
     """Run compiled nets without their graphs, which know nothing of hooks that came later."""
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+@contextmanager
+def undisturbed(net: nn.Module, x: Tensor) -> Iterator[None]:
+    """Run a net on x by way of its modules and leave values, modes and random state as they were."""
+    cuda = [x.device] if x.device.type == "cuda" else []
+    with restored(net), eager(), torch.random.fork_rng(devices=cuda):
+        yield
 
 
 def unwrapped(net: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -12,13 +13,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from resblocks.blocks import BasicBlock, DenseLayer
+from resblocks.blocks import BasicBlock, DenseLayer, PreActBasicBlock
 from resblocks.diagnostics import (
     count_macs,
     count_params,
     gradient_flow,
     lesion_curve,
     lesion_study,
+    path_gradients,
     signal_report,
     summary,
 )
@@ -701,3 +703,79 @@ def test_signal_report_takes_nets_that_begin_in_place_and_inference_tensors() ->
     assert torch.equal(x, before)
     assert reports[0] == reports[1]
     assert reports[0][0].merged_grad_norm is not None
+
+
+class Times(nn.Module):
+    """A branch whose gradient is a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+def test_path_gradients_are_those_of_each_path() -> None:
+    factors = [2.0, -3.0, 5.0, 0.5]
+    net = nn.Sequential(*(Residual(Times(factor)) for factor in factors))
+    x = torch.ones(1, 4)  # one path's gradient is the product of its factors, in each of four entries
+    found = path_gradients(net, x, torch.sum)
+    for length, norms in found.items():
+        expected = [2 * abs(math.prod(chosen)) for chosen in itertools.combinations(factors, length)]
+        assert norms == pytest.approx(expected)
+    assert list(found) == list(range(5))
+    some = path_gradients(net, x, torch.sum, [2], trials=4)[2]
+    assert len(some) == 4
+    assert all(any(norm == pytest.approx(other) for other in found[2]) for norm in some)
+    assert some == path_gradients(net, x, torch.sum, [1, 2], trials=4)[2]
+
+
+def test_path_gradients_of_a_block_are_those_of_its_two_ways() -> None:
+    block = BasicBlock(4, 8, 2).double().train()
+    x = torch.randn(4, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    shortcut, branch = block.shortcut(x), block.branch(x)
+    ways = (shortcut + branch.detach()).relu().pow(2).sum(), (shortcut.detach() + branch).relu().pow(2).sum()
+    expected = [float(torch.autograd.grad(way, x, retain_graph=True)[0].norm()) for way in ways]
+    assert path_gradients(block, x, lambda y: y.pow(2).sum()) == {
+        length: [pytest.approx(norm, rel=1e-12)] for length, norm in enumerate(expected)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("resnet20", {}), ("resnet20", {"block": PreActBasicBlock}), ("densenet_40_12", {})]
+)
+def test_path_gradients_leave_the_net_as_it_was(name: str, options: dict[str, Any]) -> None:
+    net = create_model(name, dropout=0.1, **options).train()
+    x = torch.randn(2, 3, 32, 32)
+    before, random = state_of(net), torch.get_rng_state()
+    paths = path_gradients(net, x, lambda y: y.logsumexp(1).sum(), [0, 2], trials=2)
+    assert all(0 < norm < math.inf for norms in paths.values() for norm in norms)
+    assert_same_state(net, before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not x.requires_grad
+
+
+def test_path_gradients_of_a_frozen_and_of_a_compiled_net_are_those_of_the_net() -> None:
+    net = create_model("resnet20", block=PreActBasicBlock).eval()
+    x, loss = torch.randn(2, 3, 32, 32), lambda y: y[:, 0].sum()
+    frozen = copy.deepcopy(net).requires_grad_(False)
+    assert path_gradients(net, x, loss, [0, 1]) == path_gradients(frozen, x, loss, [0, 1])
+    compiled = torch.compile(net, backend="eager")
+    assert path_gradients(compiled, x, loss, [0, 1], trials=2) == path_gradients(net, x, loss, [0, 1], trials=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lengths": [10]}, "lengths must be integers from 0 to the 9 blocks whose skip is on, got"),
+        ({"trials": 0}, "trials must be an integer of at least 1, got 0"),
+        ({"x": torch.ones(2, 3, 32, 32, dtype=torch.uint8)}, "x must be of floating point numbers, got torch.uint8"),
+        ({"loss": lambda y: y}, r"loss must return a tensor with one value, got a tensor of shape \(2, 10\)"),
+        ({"where": "stem"}, "net must have at least one block whose skip is on, got none"),
+    ],
+)
+def test_path_gradients_refuse_what_does_not_fit(arguments: dict[str, Any], message: str) -> None:
+    usual = {"x": torch.ones(2, 3, 32, 32), "loss": torch.sum, "lengths": [1], "trials": 1}
+    with pytest.raises(ValueError, match=message):
+        path_gradients(create_model("resnet20"), **{**usual, **arguments})

@@ -13,9 +13,15 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture
-def printed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the example of that name prints."""
+def printed(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> str:
+    """What the example of that name prints; what it writes lies in tmp_path."""
     file = str(EXAMPLES / f"{request.param}.py")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [file])
     runpy.run_path(file, run_name="__main__")
     return capsys.readouterr().out
@@ -32,6 +38,15 @@ def test_lesions_name_each_block_and_cost_accuracy(printed: str) -> None:
     curve = re.findall(r"^ +(\d) +([\d.]+) % to +([\d.]+) %", printed, re.M)
     assert [int(count) for count, *_ in curve] == list(range(10))
     assert float(curve[0][1]) == float(intact[1]) > float(curve[9][2])
+
+
+@pytest.mark.parametrize("printed", ["loss_surface"], indirect=True)
+def test_loss_surface_is_lowest_near_the_trained_nets(printed: str, tmp_path: Path) -> None:
+    rows = [[float(cell) for cell in row] for row in re.findall(r"^ +(-?\d\.\d) +([\d.]+) +([\d.]+)$", printed, re.M)]
+    assert [step for step, *_ in rows] == [step / 5 for step in range(-5, 6)]
+    for losses in list(zip(*rows, strict=True))[1:]:
+        assert losses[5] == min(losses) < 1 < 10 < losses[0]
+    assert (tmp_path / "runs" / "loss_surface" / "surfaces.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("printed", ["own_block"], indirect=True)

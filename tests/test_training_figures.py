@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
+from bisect import bisect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from resblocks.training import (
     SomeDiverged,
     build_net,
     draw_figures,
+    draw_surfaces,
     experiment,
     figures,
     fit,
@@ -350,6 +353,34 @@ def test_figure_of_depths_shows_the_last_epoch_of_each_kind(drawn: dict[str, Any
 def test_figure_of_depths_needs_results(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="draw_depths needs results with at least one finished epoch each"):
         draw_depths([], tmp_path)
+
+
+def test_surfaces_share_a_scale_and_lie_as_their_steps_say(drawn: dict[str, Any], tmp_path: Path) -> None:
+    steps = [-1.0, 0.0, 1.0]
+    low = {(one, other): 1.0 + one + 0.5 * (other + 1) for one in steps for other in steps}  # from 0 to 3
+    high = {**{point: 10 * (1 + loss) for point, loss in low.items()}, (1.0, 1.0): math.inf}
+    draw_surfaces({"flat $ground": low, "high": high}, tmp_path)
+    first, second, bar = drawn["surfaces"].axes
+    assert [axes.get_title() for axes in (first, second)] == [r"flat \$ground", "high"]
+    filled, other = first.collections[0], second.collections[0]
+    assert [(kind.norm.vmin, kind.norm.vmax) for kind in (filled, other)] == [(0.5, 35.0)] * 2
+    assert [float(tick.get_text()) for tick in bar.get_yticklabels()] == [0.5, 1, 2, 5, 10, 20]
+    band = filled.get_paths()[bisect(list(filled.levels), 2.0) - 1].get_extents()  # where 1 + x + (y + 1) / 2 is 2
+    assert -0.4 < band.x0 < 0.2  # x = 0 where y = 1, and x = 1 where y = -1: the first direction goes to the right
+    assert (band.x1, band.y0, band.y1) == pytest.approx((1, -1, 1))
+
+
+@pytest.mark.parametrize(
+    ("surfaces", "message"),
+    [
+        ({}, "draw_surfaces needs at least one surface, got none"),
+        ({"a": {(0, 0): 1.0}}, "surfaces must have 2 x 2 points and a loss above zero, 'a' has not"),
+        ({"b": {(x, y): 0.0 for x in (0, 1) for y in (0, 1)}}, "'b' has not"),
+    ],
+)
+def test_surfaces_that_cannot_be_drawn_are_named(surfaces: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_surfaces(surfaces, tmp_path)
 
 
 def test_nets_are_told_apart_and_look_the_same_in_all_figures(drawn: dict[str, Any], tmp_path: Path) -> None:

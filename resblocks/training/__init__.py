@@ -23,7 +23,7 @@ from resblocks.training.experiment import (
     run_variants,
     write_results,
 )
-from resblocks.training.figures import draw_figures
+from resblocks.training.figures import draw_figures, draw_surfaces
 from resblocks.training.files import FolderLock
 from resblocks.training.fit import Diverged, fit
 from resblocks.training.predict import Trained, load_trained
@@ -51,6 +51,7 @@ __all__ = [
     "derive_seed",
     "draw",
     "draw_figures",
+    "draw_surfaces",
     "fit",
     "get_recipe",
     "load_checkpoint",

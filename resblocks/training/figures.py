@@ -1,9 +1,10 @@
-"""The figures of arXiv 2510.24036 from the results of runs: training, validation, gradients by layer, all variants."""
+"""Figures: those of arXiv 2510.24036 from the results of runs, accuracy against depth, the loss around nets."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,60 @@ def draw_depths(results: Sequence[Result], folder: str | Path, formats: Sequence
             axes.set_xticks(sorted({x for line in axes.lines for x in line.get_xdata()}))
         panels[0].set_ylabel("accuracy (%)")
         return _save(_finish(figure, panels[0], results), Path(folder) / "depths", formats)
+
+
+def draw_surfaces(
+    surfaces: Mapping[str, Mapping[tuple[float, float], float]], folder: str | Path, formats: Sequence[str] = ("png",)
+) -> list[Path]:
+    """The loss around several nets in one logarithmic scale of colours (Li et al. 2018, figure 5). Returns the files.
+
+    Args:
+        surfaces: a title for each, and what `resblocks.diagnostics.loss_surface` returned. Where the loss is not finite
+            there is no colour, and where it is zero the lowest one.
+
+    Raises:
+        ValueError: no surfaces, one of fewer than 2 x 2 points, or one without a loss above zero.
+    """
+    if not surfaces:
+        raise ValueError("draw_surfaces needs at least one surface, got none")
+    grids = {name: _grid(name, surface) for name, surface in surfaces.items()}
+    seen = [loss for _, losses in grids.values() for row in losses for loss in row if loss > 0]
+    low, high = min(seen), max(max(seen), 1.01 * min(seen))
+    look = {"levels": [low * (high / low) ** (step / 24) for step in range(24)] + [high], "cmap": "viridis"}
+    with require("matplotlib").rc_context({**_STYLE, "axes.grid": False}):
+        figure, panels = _square_panels(len(grids))
+        norm = require("matplotlib.colors").LogNorm(low, high)
+        for axes, (name, (steps, losses)) in zip(panels, grids.items(), strict=True):
+            colours = [[max(loss, low) for loss in row] for row in zip(*losses, strict=True)]  # of rows of the picture
+            filled = axes.contourf(steps, steps, colours, norm=norm, **look)
+            axes.plot(0, 0, "+", color="white")
+            axes.set(title=_no_formula(name), aspect="equal")
+        ticks = [digit * 10.0**power for power in range(-12, 13) for digit in (1, 2, 5)]
+        ticks = [number for number in ticks if low <= number <= high]
+        figure.colorbar(filled, ax=panels, label="loss (nats)", ticks=ticks, format="{x:g}")
+        figure.supxlabel("steps of the length of each filter, along two random directions", fontsize=8)
+        return _save(figure, Path(folder) / "surfaces", formats)
+
+
+def _square_panels(count: int) -> tuple[Any, list[Any]]:
+    """Four to a row."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure = require("matplotlib.figure").Figure((2.4 * columns + 0.8, 2.6 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.remove()
+    return figure, panels[:count]
+
+
+def _grid(name: str, surface: Mapping[tuple[float, float], float]) -> tuple[list[float], list[list[float]]]:
+    """The steps in order, and the losses by first and second step; not a number where there is no finite one."""
+    steps = sorted({step for step, _ in surface})
+    losses = [[surface.get((one, other), math.nan) for other in steps] for one in steps]
+    losses = [[loss if math.isfinite(loss) else math.nan for loss in row] for row in losses]  # max() keeps a first nan
+    if len(steps) < 2 or not any(loss > 0 for row in losses for loss in row):
+        raise ValueError(f"surfaces must have 2 x 2 points and a loss above zero, {name!r} has not")
+    return steps, losses
 
 
 def _by_depth(results: Sequence[Result], plain: bool, part: str) -> dict[int, list[float]]:

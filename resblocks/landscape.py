@@ -1,0 +1,154 @@
+"""The loss around a net, on lines and planes (Li et al. 2018, "Visualizing the Loss Landscape of Neural Nets")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from math import isfinite
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from resblocks.checks import check_integer, check_number, check_sequence
+from resblocks.undisturbed import restored, unwrapped
+
+Direction: TypeAlias = Mapping[str, Tensor]
+Evaluate: TypeAlias = Callable[[nn.Module], float]
+
+
+def random_direction(net: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """A direction drawn at random in which each filter is as long as the net's own (Li et al. 2018, section 4).
+
+    Norms and rectifiers make a net indifferent to the scale of its filters, so a step of one length is long for a net
+    with small weights and short for one with large ones; in lengths of the filters nets can be compared. A filter is
+    what one output channel reads. Parameters with one value a channel (biases, norms, scales) stay where they are, as
+    in the paper.
+
+    Args:
+        net: any module; the names are those of the net inside `torch.compile` and data-parallel wrappers.
+        seed: of the draw; the same direction on every device.
+
+    Raises:
+        ValueError: the net has no filters, or has lazy ones.
+    """
+    check_integer(0, seed=seed)
+    generator, direction = torch.Generator().manual_seed(seed), {}
+    for name, weight in unwrapped(net).named_parameters():
+        if is_lazy(weight):
+            raise ValueError(f"net must know the shapes of its weights, got {name} without one: let it run once")
+        if weight.dim() > 1 and weight.numel() > len(weight) > 0:
+            drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            drawn *= (_norms(weight.detach().cpu().double()) / _norms(drawn)).view(-1, *[1] * (weight.dim() - 1))
+            direction[name] = drawn.to(weight.device, weight.dtype)
+    if not direction:
+        raise ValueError(f"net must have weights with filters, got {type(net).__name__} without any")
+    return direction
+
+
+def loss_line(
+    net: nn.Module, evaluate: Evaluate, steps: Sequence[float], direction: Direction | None = None, *, seed: int = 0
+) -> dict[float, float]:
+    """Measure the net along a line through its weights.
+
+    Args:
+        evaluate: returns the metric, as a rule the loss, of the net that it is given, which is in eval mode, with
+            gradients off. Batch norms keep their running statistics; where they should fit the moved weights, let
+            `evaluate` train them on some batches.
+        steps: how far along the direction; 0 is the net as it is.
+        direction: what a step of 1 adds, by name of parameter or buffer, such as the way to another net; None draws
+            `random_direction(net, seed)`.
+
+    Returns:
+        The metric at each step.
+
+    Raises:
+        ValueError: steps that are no finite numbers, a direction that does not fit the net; what `random_direction`
+            raises.
+    """
+    directions = [random_direction(net, seed) if direction is None else direction]
+    return {step: metric for (step,), metric in _metrics(net, evaluate, steps, directions).items()}
+
+
+def loss_surface(
+    net: nn.Module,
+    evaluate: Evaluate,
+    steps: Sequence[float],
+    directions: tuple[Direction, Direction] | None = None,
+    *,
+    seed: int = 0,
+) -> dict[tuple[float, float], float]:
+    """Measure the net on a grid in a plane through its weights (Li et al. 2018, figures 1 and 5).
+
+    One plane of millions: a bump that it shows is there, one that it does not show may be elsewhere.
+
+    Args:
+        steps: how far along each of the two directions: n steps are n * n evaluations.
+        directions: two, as in `loss_line`; None draws them with the seeds `2 * seed` and `2 * seed + 1`.
+        evaluate: as in `loss_line`.
+
+    Returns:
+        The metric at each point (step along the first direction, step along the second).
+
+    Raises:
+        ValueError: not two directions; what `loss_line` raises.
+    """
+    if directions is None:
+        check_integer(0, seed=seed)
+        directions = (random_direction(net, 2 * seed), random_direction(net, 2 * seed + 1))
+    if len(directions) != 2:
+        raise ValueError(f"directions must be two, got {len(directions)}")
+    return {(one, other): metric for (one, other), metric in _metrics(net, evaluate, steps, directions).items()}
+
+
+def _metrics(
+    net: nn.Module, evaluate: Evaluate, steps: Sequence[float], directions: Sequence[Direction]
+) -> dict[tuple[float, ...], float]:
+    """Of the net at each point of the grid."""
+    check_sequence(steps=steps)
+    for step in steps:
+        check_number(steps=step)
+        if not isfinite(step):
+            raise ValueError(f"steps must be finite, got {step}")
+    ways = [_ways(unwrapped(net), direction) for direction in directions]
+    return {point: _metric(net, evaluate, point, ways) for point in product(steps, repeat=len(ways))}
+
+
+def _ways(net: nn.Module, direction: Direction) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of the net that move and where to, each once, however many names it has."""
+    ways, tensors = (
+        {},
+        {
+            **dict(net.named_parameters(remove_duplicate=False)),
+            **dict(net.named_buffers(remove_duplicate=False)),
+        },
+    )
+    for name, way in direction.items():
+        if name not in tensors:
+            raise ValueError(f"direction must name parameters or buffers of the net, got {name!r}")
+        tensor = tensors[name]
+        if not tensor.is_floating_point() or way.shape != tensor.shape:
+            raise ValueError(
+                f"direction must move floating point numbers by a tensor of their shape: {name} is {tensor.dtype} "
+                f"{tuple(tensor.shape)}, got {tuple(way.shape)}"
+            )
+        ways[id(tensor)] = (tensor, way.to(tensor))
+    return list(ways.values())
+
+
+def _metric(
+    net: nn.Module, evaluate: Evaluate, point: Sequence[float], ways: Sequence[Sequence[tuple[Tensor, Tensor]]]
+) -> float:
+    """Of the net at one point; whatever `evaluate` does to it, the next one begins from the same net."""
+    with restored(net), torch.no_grad():
+        for step, way in zip(point, ways, strict=True):
+            for tensor, end in way:
+                tensor.add_(end, alpha=step)
+        return float(evaluate(net.eval()))
+
+
+def _norms(weight: Tensor) -> Tensor:
+    """The length of each filter."""
+    norms: Tensor = weight.flatten(1).norm(dim=1)
+    return norms
