@@ -21,7 +21,9 @@ from typing import Any
 
 import compat
 import gradients
+import landscape
 import options
+import paths
 import performance_tables
 import runs
 import theirs
@@ -31,6 +33,7 @@ from performance_tables import markdown, read
 from resblocks import DenseNet, ResNet, interop
 from resblocks.training import RECIPES, Recipe
 from resblocks.training.__main__ import CHOICES, RECIPE_HELP
+from resblocks.training.result import title
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPLEXITY = ROOT / "tests" / "expected" / "complexity.json"
@@ -211,6 +214,31 @@ def gradients_table() -> str:
     return markdown(header, rows, "rllrrr")
 
 
+def landscape_table() -> str:
+    """How the loss rises around each trained net, and whether the plane is a bowl."""
+    measured, rows = read("landscape"), []
+    for name in measured["nets"]:
+        around = [landscape.ring(measured, name, distance) for distance in (0, 0.2, 0.5, 1)]
+        cells = [f"{two_digits(min(losses))} to {two_digits(max(losses))}" for losses in around[1:]]
+        rows.append([title(name), two_digits(around[0][0]), *cells, str(landscape.hollows(measured, name))])
+    header = ["net", "loss of the net", "0.2 from it", "0.5 from it", "1 from it", "hollows"]
+    return markdown(header, rows, "lrrrrr")
+
+
+def paths_table() -> str:
+    """How fast the gradient of a path falls with its length, and how long the paths are that bring most of it."""
+    measured, rows = read("paths"), []
+    for name, net in measured["nets"].items():
+        for when, said in (("before", "at initialisation"), ("after", "after the last epoch")):
+            found = net[when]
+            first, *_, last = paths.means(found)
+            factor = (last / first) ** (1 / (len(found) - 1))
+            lengths = [str(paths.length_with(found, share)) for share in (0.5, 0.95)]
+            rows.append([title(name), str(len(found) - 1), said, two_digits(factor), *lengths])
+    header = ["net", "blocks", "when", "factor for each branch", "half in paths of at most", "95 % in paths of at most"]
+    return markdown(header, rows, "lrlrrr")
+
+
 def two_digits(number: float) -> str:
     """As people write it: no exponent."""
     return f"{Decimal(f'{number:.2g}'):,f}"
@@ -244,6 +272,8 @@ TABLES = {
     "options": options_table,
     "dense-memory": dense_memory_table,
     "gradients": gradients_table,
+    "landscape": landscape_table,
+    "paths": paths_table,
     "recipes": recipes_table,
     "recipe-values": recipe_values_table,
     "inference": inference_table,

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import dense_memory
+import landscape
 import names
+import paths
 import peers
 import pytest
 import scaling
@@ -152,3 +154,23 @@ def test_pair_whose_weights_do_not_come_back_is_not_equal(monkeypatch: pytest.Mo
     found = names.compare("torchvision:resnet18", seed=0)
     assert (found["notes"], found["dtype"]) == ([], "float32")  # otherwise they are
     assert (found["weights_back_exact"], found["equal"]) == (False, False)
+
+
+def test_plane_is_read_by_its_steps_and_its_hollows_are_counted():
+    losses = [[3.0, 3.0, 3.0, 3.0], [3.0, 0.0, 2.0, 3.0], [3.0, 2.0, 2.0, 3.0], [3.0, 4.0, 5.0, 3.0]]
+    found = {"steps": [-1, 0, 0.5, 1], "nets": {"resnet20": {"losses": losses}}}
+    assert landscape.surface_of(found, "resnet20")[1, 0.5] == 5.0
+    assert landscape.ring(found, "resnet20", 0) == [0.0]
+    assert landscape.ring(found, "resnet20", 0.5) == [2.0, 2.0, 2.0]
+    assert landscape.hollows(found, "resnet20") == 1
+    losses[2][2] = -1.0
+    assert landscape.hollows(found, "resnet20") == 1  # now that one, which lies beside the other
+    losses[1][1], losses[2][2] = 2.0, 2.0
+    assert landscape.hollows(found, "resnet20") == 0
+
+
+def test_shares_of_paths_count_how_many_there_are():
+    found = {"0": [8.0], "1": [1.0, 3.0], "2": [0.5]}  # one path, two and one
+    assert paths.means(found) == [8.0, 2.0, 0.5]
+    assert paths.shares(found) == pytest.approx([8 / 12.5, 4 / 12.5, 0.5 / 12.5])
+    assert [paths.length_with(found, share) for share in (0.5, 0.9, 0.99)] == [0, 1, 2]
