@@ -64,6 +64,11 @@ def surface_of(found: dict[str, Any], name: str) -> dict[tuple[float, float], fl
     return dict(zip(product(found["steps"], repeat=2), losses, strict=True))
 
 
+def in_order(found: dict[str, Any]) -> list[str]:
+    """The names of the nets, those without skips behind."""
+    return sorted(found["nets"], key=lambda name: (name.endswith("_noskip"), name))
+
+
 def ring(found: dict[str, Any], name: str, distance: float) -> list[float]:
     """The losses of a net on the square that is so far from it."""
     around = surface_of(found, name)
@@ -104,7 +109,7 @@ def main() -> None:
                 found["nets"][name] = measure(folder, dataset, steps, options.images)
                 write_json(options.out, found)
                 print(f"{name}: {found['nets'][name]['seconds']:.0f} s", flush=True)
-    draw_surfaces({title(name): surface_of(found, name) for name in found["nets"]}, options.figures)
+    draw_surfaces({title(name): surface_of(found, name) for name in in_order(found)}, options.figures)
 
 
 if __name__ == "__main__":

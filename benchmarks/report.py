@@ -217,7 +217,7 @@ def gradients_table() -> str:
 def landscape_table() -> str:
     """How the loss rises around each trained net, and whether the plane is a bowl."""
     measured, rows = read("landscape"), []
-    for name in measured["nets"]:
+    for name in landscape.in_order(measured):
         around = [landscape.ring(measured, name, distance) for distance in (0, 0.2, 0.5, 1)]
         cells = [f"{two_digits(min(losses))} to {two_digits(max(losses))}" for losses in around[1:]]
         rows.append([title(name), two_digits(around[0][0]), *cells, str(landscape.hollows(measured, name))])
