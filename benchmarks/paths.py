@@ -28,8 +28,8 @@ from resblocks.training.result import title
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "paths_cpu_2026-11.json"
 FIGURE = ROOT / "docs" / "figures" / "paths.png"
-IMAGES = 64
-TRIALS = 20
+IMAGES = 32
+TRIALS = 10
 
 
 def measure(folder: Path, dataset: Dataset) -> dict[str, Any]:
