@@ -75,7 +75,7 @@ def ring(found: dict[str, Any], name: str, distance: float) -> list[float]:
     return [loss for (one, other), loss in around.items() if max(abs(one), abs(other)) == distance]
 
 
-def hollows(found: dict[str, Any], name: str) -> int:
+def minima(found: dict[str, Any], name: str) -> int:
     """How many points inside the grid lie below all eight around them: one, where the plane is a bowl."""
     losses = found["nets"][name]["losses"]
     inside = range(1, len(losses) - 1)

@@ -220,8 +220,8 @@ def landscape_table() -> str:
     for name in landscape.in_order(measured):
         around = [landscape.ring(measured, name, distance) for distance in (0, 0.2, 0.5, 1)]
         cells = [f"{two_digits(min(losses))} to {two_digits(max(losses))}" for losses in around[1:]]
-        rows.append([title(name), two_digits(around[0][0]), *cells, str(landscape.hollows(measured, name))])
-    header = ["net", "loss of the net", "0.2 from it", "0.5 from it", "1 from it", "hollows"]
+        rows.append([title(name), two_digits(around[0][0]), *cells, str(landscape.minima(measured, name))])
+    header = ["net", "loss of the net", "0.2 from it", "0.5 from it", "1 from it", "local minima"]
     return markdown(header, rows, "lrrrrr")
 
 

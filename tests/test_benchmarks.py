@@ -156,17 +156,17 @@ def test_pair_whose_weights_do_not_come_back_is_not_equal(monkeypatch: pytest.Mo
     assert (found["weights_back_exact"], found["equal"]) == (False, False)
 
 
-def test_plane_is_read_by_its_steps_and_its_hollows_are_counted():
+def test_plane_is_read_by_its_steps_and_its_local_minima_are_counted():
     losses = [[3.0, 3.0, 3.0, 3.0], [3.0, 0.0, 2.0, 3.0], [3.0, 2.0, 2.0, 3.0], [3.0, 4.0, 5.0, 3.0]]
     found = {"steps": [-1, 0, 0.5, 1], "nets": {"resnet20": {"losses": losses}}}
     assert landscape.surface_of(found, "resnet20")[1, 0.5] == 5.0
     assert landscape.ring(found, "resnet20", 0) == [0.0]
     assert landscape.ring(found, "resnet20", 0.5) == [2.0, 2.0, 2.0]
-    assert landscape.hollows(found, "resnet20") == 1
+    assert landscape.minima(found, "resnet20") == 1
     losses[2][2] = -1.0
-    assert landscape.hollows(found, "resnet20") == 1  # now that one, which lies beside the other
+    assert landscape.minima(found, "resnet20") == 1  # now that one, which lies beside the other
     losses[1][1], losses[2][2] = 2.0, 2.0
-    assert landscape.hollows(found, "resnet20") == 0
+    assert landscape.minima(found, "resnet20") == 0
 
 
 def test_shares_of_paths_count_how_many_there_are():
