@@ -36,7 +36,7 @@ def main() -> None:
             fit(net, digits, get_recipe("digits"), out=folder, name=name)
         net.cpu()
         surfaces[title] = loss_surface(net, loss, STEPS)
-        lines[title] = loss_line(net, loss, STEPS, seed=2)
+        lines[title] = loss_line(net, loss, STEPS)
     print("\nstep along a random direction   loss, " + "   ".join(lines))
     for step in STEPS:
         print(f"{step:>29.1f}   " + "   ".join(f"{line[step]:>12.3f}" for line in lines.values()))

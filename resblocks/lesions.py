@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from resblocks.checks import check_positive, check_sequence
+from resblocks.checks import check_integer, check_positive, check_sequence
 from resblocks.measures import norm_of, scalar
 from resblocks.residual import Residual, Where, skips_off, some_residuals
 from resblocks.undisturbed import eager, hooked, restored, undisturbed
@@ -91,7 +91,7 @@ def lesion_curve(
     """
     blocks = list(_candidates(net, part, where).values())
     counts = range(len(blocks) + 1) if counts is None else counts
-    _check_draws(len(blocks), trials, counts=counts)
+    _check_draws(len(blocks), trials, seed, counts=counts)
     return {
         count: [
             _metric(net, evaluate, [blocks[index] for index in chosen], part)
@@ -118,52 +118,64 @@ def path_gradients(
 
     Args:
         x: a batch of floating point numbers.
-        loss: maps the net's output to a scalar.
+        loss: maps the net's output to a scalar, by operations that autograd records.
         lengths: through how many branches; None is 0, 1, 2, ... up to all of them.
         trials: different paths for each length; all of them where there are no more than trials.
         seed: of the draws; the same one draws the same paths, whatever the other lengths.
-        where: the blocks to choose among, as in `resblocks.set_skip`; gradients pass both ways through the others.
+        where: the blocks to choose among, as in `resblocks.set_skip`; gradients pass both ways through the others. Of
+            blocks inside blocks take the outer or the inner ones.
 
     Returns:
         The Euclidean norms of the gradient at x, a path each, for each length.
 
     Raises:
         ValueError: a length above the number of blocks, trials below 1; x of integers; the loss is no scalar; no block
-            has a skip that is on.
+            has a skip that is on; a block that does not run once, with a merge of its own.
     """
-    blocks = list(_candidates(net, "skip", where).values())
+    blocks = _candidates(net, "skip", where)
     lengths = range(len(blocks) + 1) if lengths is None else lengths
-    _check_draws(len(blocks), trials, lengths=lengths)
-    if not x.is_floating_point():
+    _check_draws(len(blocks), trials, seed, lengths=lengths)
+    if not (x.is_floating_point() or x.is_complex()):
         raise ValueError(f"x must be of floating point numbers, got {x.dtype}")
     return {
-        length: [
-            _path_gradient(net, x, loss, blocks, {blocks[index] for index in chosen})
-            for chosen in _draws(len(blocks), length, trials, seed)
-        ]
+        length: [_path_gradient(net, x, loss, blocks, path) for path in _draws(len(blocks), length, trials, seed)]
         for length in lengths
     }
 
 
 def _path_gradient(
-    net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], blocks: Sequence[Residual], chosen: set[Residual]
+    net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], blocks: dict[str, Residual], path: Sequence[int]
 ) -> float:
-    hooks = (block.merge.register_forward_pre_hook(_without(0 if block in chosen else 1)) for block in blocks)
-    with undisturbed(net, x), torch.enable_grad(), hooked(hooks):
+    gates = [_Gate(side=1 if index in path else 0) for index in range(len(blocks))]
+    hooks = (block.merge.register_forward_pre_hook(gate) for block, gate in zip(blocks.values(), gates, strict=True))
+    with undisturbed(net, x), torch.inference_mode(False), torch.enable_grad(), hooked(hooks):
         start = x.detach().clone().requires_grad_()
         value = scalar(loss(net(start.clone())))  # a net that begins in place may write over the copy of the leaf
+        for name, gate in zip(blocks, gates, strict=True):
+            if gate.runs != 1:
+                raise ValueError(
+                    f"where must choose blocks that run once, with a merge of their own; that of {name or 'the net'} "
+                    f"ran {gate.runs} times"
+                )
         (grad,) = torch.autograd.grad(value, start, allow_unused=True) if value.requires_grad else (None,)
     return norm_of(grad)
 
 
-def _without(position: int) -> Callable[..., tuple[Tensor, ...]]:
-    """A hook that lets no gradient through what enters a merge there: 0 is the shortcut, 1 the branch."""
-    return lambda merge, args: tuple(arg.detach() if at == position else arg for at, arg in enumerate(args))
+class _Gate:
+    """Before a merge: lets the gradient through on one side, 0 for the shortcut and 1 for the branch."""
+
+    def __init__(self, side: int) -> None:
+        self.side, self.runs = side, 0
+
+    def __call__(self, merge: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.runs += 1
+        return tuple(arg if at == self.side else arg.detach() for at, arg in enumerate(args))
 
 
-def _check_draws(blocks: int, trials: int, **arguments: Sequence[int]) -> None:
+def _check_draws(blocks: int, trials: int, seed: int, **arguments: Sequence[int]) -> None:
     check_sequence(**arguments)
     check_positive(trials=trials)
+    check_integer(0, seed=seed)
     for name, counts in arguments.items():
         if any(type(count) is not int or not 0 <= count <= blocks for count in counts):
             raise ValueError(f"{name} must be integers from 0 to the {blocks} blocks whose skip is on, got {counts}")

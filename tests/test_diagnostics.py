@@ -770,6 +770,7 @@ def test_path_gradients_of_a_frozen_and_of_a_compiled_net_are_those_of_the_net()
     [
         ({"lengths": [10]}, "lengths must be integers from 0 to the 9 blocks whose skip is on, got"),
         ({"trials": 0}, "trials must be an integer of at least 1, got 0"),
+        ({"seed": 1.5}, "seed must be an integer of at least 0, got 1.5"),
         ({"x": torch.ones(2, 3, 32, 32, dtype=torch.uint8)}, "x must be of floating point numbers, got torch.uint8"),
         ({"loss": lambda y: y}, r"loss must return a tensor with one value, got a tensor of shape \(2, 10\)"),
         ({"where": "stem"}, "net must have at least one block whose skip is on, got none"),
@@ -779,3 +780,35 @@ def test_path_gradients_refuse_what_does_not_fit(arguments: dict[str, Any], mess
     usual = {"x": torch.ones(2, 3, 32, 32), "loss": torch.sum, "lengths": [1], "trials": 1}
     with pytest.raises(ValueError, match=message):
         path_gradients(create_model("resnet20"), **{**usual, **arguments})
+
+
+class Alone(Residual):
+    """Does without its merge."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.branch(x)
+
+
+@pytest.mark.parametrize("kind", ["never", "twice", "shared", "own forward"])
+def test_path_gradients_refuse_blocks_that_do_not_run_once(kind: str) -> None:
+    one, other = Residual(Times(2.0)), Residual(Times(3.0))
+    net = nn.Sequential(one, other)
+    if kind == "never":
+        one.other = other
+        net = nn.Sequential(one)
+    elif kind == "twice":
+        net = nn.Sequential(one, other, one)
+    elif kind == "shared":
+        other.merge = one.merge
+    else:
+        net = nn.Sequential(one, Alone(Times(3.0)))
+    with pytest.raises(ValueError, match=r"where must choose blocks that run once.* ran [02] times"):
+        path_gradients(net, torch.ones(1, 4), torch.sum)
+
+
+def test_path_gradients_do_not_mind_inference_mode_and_complex_numbers() -> None:
+    net = Residual(Times(2.0))
+    with torch.inference_mode():
+        assert path_gradients(net, torch.ones(1, 4), torch.sum) == {0: [2.0], 1: [4.0]}
+    x = torch.ones(1, 4, dtype=torch.complex64)
+    assert path_gradients(net, x, lambda y: y.real.sum()) == {0: [2.0], 1: [4.0]}

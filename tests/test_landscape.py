@@ -68,7 +68,7 @@ def test_surface_is_the_loss_of_the_moved_net():
     line = loss_line(net, loss, STEPS)
     assert line == pytest.approx({a: surface[a, 0.0] for a in STEPS}, rel=1e-12)
     assert surface == loss_surface(net, loss, STEPS, directions)
-    assert loss_surface(net, loss, [1.0], seed=1) != loss_surface(net, loss, [1.0])
+    assert loss_line(net, loss, STEPS, directions[0]) == line
 
 
 def test_line_along_a_known_slope_is_that_slope():
@@ -152,7 +152,9 @@ def test_weights_that_share_or_compute_move_once():
         ({"steps": torch.linspace(0, 1, 3)}, "steps must be a list or another sequence"),
         ({"steps": [0, float("nan")]}, "steps must be finite, got nan"),
         ({"steps": ["0"]}, "steps must be an integer or a float, got '0'"),
-        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"direction": {}}, "direction must map names to tensors, at least one, got {}"),
+        ({"direction": [torch.ones(3)]}, r"direction must map names to tensors, at least one, got \[tensor"),
+        ({"direction": {"head.bias": 1.0}}, r"head.bias is torch.float64 \(3,\), got 1.0"),
         ({"direction": {"weights": torch.ones(3)}}, "direction must name parameters or buffers of the net, got 'we"),
         ({"direction": {"head.bias": torch.ones(4)}}, r"head.bias is torch.float64 \(3,\), got \(4,\)"),
         (
@@ -176,6 +178,36 @@ def test_line_refuses_what_does_not_fit(arguments: dict[str, Any], message: str)
 def test_random_direction_refuses_a_net_without_filters(net: nn.Module, message: str):
     with pytest.raises(ValueError, match=message):
         random_direction(net)
+
+
+def test_random_direction_refuses_a_seed_that_is_none():
+    with pytest.raises(ValueError, match="seed must be an integer of at least 0, got -1"):
+        random_direction(small_net(), -1)
+
+
+def test_line_along_the_weights_themselves_scales_them():
+    net, loss = small_net(), loss_on()
+    own = dict(net.named_parameters())
+    line = loss_line(net, loss, [0.5, -1], own)
+    assert line == pytest.approx({step: loss(moved(net, (step, own))).item() for step in (0.5, -1)}, rel=1e-9)
+
+
+def test_line_of_a_net_made_in_inference_mode_and_of_a_complex_one():
+    with torch.inference_mode():
+        net = nn.Linear(4, 3)
+    line = loss_line(net, lambda net: net.weight.norm(), [0, 1])
+    assert line[0] != line[1]
+    assert line[0] == net.weight.norm().item()
+    net = nn.Linear(4, 3, dtype=torch.complex64)
+    way = random_direction(net)["weight"]
+    assert way.imag.abs().min() > 0
+    torch.testing.assert_close(way.norm(dim=1), net.weight.norm(dim=1))
+    assert len(loss_line(net, lambda net: net.weight.abs().sum(), [0, 1])) == 2
+
+
+def test_norms_of_whole_maps_stay():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 6, 6]))
+    assert list(random_direction(net)) == ["0.weight"]
 
 
 def test_surface_refuses_a_single_direction():
