@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from itertools import product
 from pathlib import Path
@@ -47,9 +48,14 @@ def measure(folder: Path, dataset: Dataset, steps: list[float], images: int) -> 
     surface = loss_surface(net, lambda net: mean_loss(net, batches), steps)
     return {
         "settings": result["settings"],
-        "losses": [[surface[one, other] for other in steps] for one in steps],
+        "losses": [[finite(surface[one, other]) for other in steps] for one in steps],
         "seconds": time.perf_counter() - start,
     }
+
+
+def finite(loss: float) -> float | None:
+    """JSON has no other numbers."""
+    return loss if math.isfinite(loss) else None
 
 
 def mean_loss(net: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
@@ -60,13 +66,13 @@ def mean_loss(net: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
 
 def surface_of(found: dict[str, Any], name: str) -> dict[tuple[float, float], float]:
     """What `loss_surface` returned for a net."""
-    losses = [loss for row in found["nets"][name]["losses"] for loss in row]
+    losses = [math.inf if loss is None else loss for row in found["nets"][name]["losses"] for loss in row]
     return dict(zip(product(found["steps"], repeat=2), losses, strict=True))
 
 
 def in_order(found: dict[str, Any]) -> list[str]:
     """The names of the nets, those without skips behind."""
-    return sorted(found["nets"], key=lambda name: (name.endswith("_noskip"), name))
+    return sorted(found["nets"], key=lambda name: (name.endswith("_noskip"), len(name), name))
 
 
 def ring(found: dict[str, Any], name: str, distance: float) -> list[float]:
@@ -77,13 +83,12 @@ def ring(found: dict[str, Any], name: str, distance: float) -> list[float]:
 
 def minima(found: dict[str, Any], name: str) -> int:
     """How many points inside the grid lie below all eight around them: one, where the plane is a bowl."""
-    losses = found["nets"][name]["losses"]
-    inside = range(1, len(losses) - 1)
-    return sum(losses[x][y] < min(_around(losses, x, y)) for x in inside for y in inside)
-
-
-def _around(losses: list[list[float]], x: int, y: int) -> list[float]:
-    return [losses[x + dx][y + dy] for dx in (-1, 0, 1) for dy in (-1, 0, 1) if (dx, dy) != (0, 0)]
+    losses, steps = surface_of(found, name), found["steps"]
+    squares = product(zip(steps, steps[1:], steps[2:], strict=False), repeat=2)  # of nine points
+    return sum(
+        losses[xs[1], ys[1]] < min(losses[point] for point in product(xs, ys) if point != (xs[1], ys[1]))
+        for xs, ys in squares
+    )
 
 
 def main() -> None:
@@ -100,7 +105,9 @@ def main() -> None:
     asked = {"dataset": "cifar10", "images": options.images, "steps": steps}
     found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     if not options.draw:
-        if {key: found.get(key) for key in asked} != asked:
+        if found and {key: found[key] for key in asked} != asked:
+            raise SystemExit(f"error: {options.out} has other images or steps; give another --out")
+        if not found:
             found = {**asked, "environment": environment(torch.device("cpu")), "nets": {}}
         dataset = load_dataset("cifar10", options.data_dir)
         for folder in options.folders:

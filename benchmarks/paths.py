@@ -11,6 +11,7 @@ measured at the images.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from math import comb
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from resblocks.diagnostics import path_gradients
-from resblocks.training import Dataset, load_dataset, load_trained, normalise
+from resblocks.training import Dataset, build_net, load_dataset, load_trained, normalise
 from resblocks.training.environment import environment
 from resblocks.training.files import write_json
 from resblocks.training.result import title
@@ -39,16 +40,15 @@ def measure(folder: Path, dataset: Dataset) -> dict[str, Any]:
         raise SystemExit(f"error: {folder} was trained on other data than {dataset.name}")
     rows = torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(0))[:IMAGES]
     images, labels = normalise(dataset.train_images[rows], dataset.mean, dataset.std), dataset.train_labels[rows]
-    net: Any = load_trained(folder).net.train()
 
-    def paths() -> dict[str, list[float]]:
-        found = path_gradients(net, images, lambda logits: nn.functional.cross_entropy(logits, labels), trials=TRIALS)
+    def paths(net: nn.Module) -> dict[str, list[float]]:
+        found = path_gradients(
+            net.train(), images, lambda logits: nn.functional.cross_entropy(logits, labels), trials=TRIALS
+        )
         return {str(length): norms for length, norms in found.items()}
 
-    after = paths()
-    torch.manual_seed(result["settings"]["seed"])
-    net.init_weights()
-    return {"settings": result["settings"], "before": paths(), "after": after}
+    start = build_net(result["name"], dataset, result["settings"]["seed"])
+    return {"settings": result["settings"], "before": paths(start), "after": paths(load_trained(folder).net)}
 
 
 def means(paths: dict[str, list[float]]) -> list[float]:
@@ -77,7 +77,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     figure, panels = pyplot.subplots(2, 2, figsize=(8, 5.4), layout="constrained", sharex=True, sharey="row")
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-    for (name, net), colour in zip(found["nets"].items(), colours, strict=False):
+    for (name, net), colour in zip(found["nets"].items(), itertools.cycle(colours), strict=False):
         for column, when in enumerate(("before", "after")):
             lengths, norms = list(range(len(net[when]))), list(net[when].values())
             look = {"color": colour, "marker": "o", "markersize": 3, "label": title(name)}

@@ -9,7 +9,6 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from resblocks.diagnostics import loss_line, loss_surface
@@ -30,7 +29,6 @@ def main() -> None:
 
     surfaces, lines = {}, {}
     for name, title in (("resnet20", "ResNet-20"), ("resnet20_noskip", "ResNet-20 without skips")):
-        torch.manual_seed(0)
         net = build_net(name, digits)
         with tempfile.TemporaryDirectory() as folder:
             fit(net, digits, get_recipe("digits"), out=folder, name=name)

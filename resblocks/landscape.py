@@ -26,7 +26,8 @@ def random_direction(net: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     Norms and rectifiers make a net indifferent to the scale of its filters, so a step of one length is long for a net
     with small weights and short for one with large ones; in lengths of the filters nets can be compared. A filter is
     what one output channel reads (in a transposed convolution, what one input channel is spread by). Norms, biases and
-    scales stay where they are, as in the paper.
+    scales stay where they are, as in the paper. Of a weight that is computed, by a parametrization or pruning, the
+    parameters move that it is made of.
 
     Args:
         net: any module; the names are those of the net inside `torch.compile` and data-parallel wrappers.
@@ -57,8 +58,8 @@ def loss_line(
             gradients off. Batch norms keep their running statistics; where they should fit the moved weights, let
             `evaluate` train them on some batches.
         steps: how far along the direction; 0 is the net as it is.
-        direction: what a step of 1 adds, by name of parameter or buffer, such as the way to another net; None is
-            `random_direction(net)`.
+        direction: what a step of 1 adds, by name of parameter or buffer, as `random_direction` names them, such as the
+            way to another net; None is `random_direction(net)`.
 
     Returns:
         The metric at each step.

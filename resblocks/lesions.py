@@ -111,7 +111,7 @@ def path_gradients(
     seed: int = 0,
     where: Where | None = None,
 ) -> dict[int, list[float]]:
-    """The gradient that reaches the input through one path at a time (Veit et al. 2016, section 4.3, fig. 6b).
+    """The gradient that reaches the input through one path at a time (Veit et al. 2016, section 5, fig. 6b).
 
     A net of n blocks has one path for each choice of blocks: through their branches, and through the shortcuts of the
     others. Forward is that of the whole net; backward follows one path. The net runs in the mode that it is in.

@@ -165,7 +165,7 @@ def test_plane_is_read_by_its_steps_and_its_local_minima_are_counted():
     assert landscape.minima(found, "resnet20") == 1
     losses[2][2] = -1.0
     assert landscape.minima(found, "resnet20") == 1  # now that one, which lies beside the other
-    losses[1][1], losses[2][2] = 2.0, 2.0
+    losses[1][1], losses[2][2], losses[3][3] = 2.0, 2.0, None  # which was infinite
     assert landscape.minima(found, "resnet20") == 0
 
 

@@ -190,6 +190,9 @@ def test_line_along_the_weights_themselves_scales_them():
     own = dict(net.named_parameters())
     line = loss_line(net, loss, [0.5, -1], own)
     assert line == pytest.approx({step: loss(moved(net, (step, own))).item() for step in (0.5, -1)}, rel=1e-9)
+    surface = loss_surface(net, loss, [0.5], (own, own))  # twice, whatever the first way has made of the weights
+    start = {name: weight.detach().clone() for name, weight in own.items()}
+    assert surface[0.5, 0.5] == pytest.approx(loss(moved(net, (0.5, start), (0.5, start))).item(), rel=1e-9)
 
 
 def test_line_of_a_net_made_in_inference_mode_and_of_a_complex_one():

@@ -364,21 +364,36 @@ def test_surfaces_share_a_scale_and_lie_as_their_steps_say(drawn: dict[str, Any]
     assert [axes.get_title() for axes in (first, second)] == [r"flat \$ground", "high"]
     filled, other = first.collections[0], second.collections[0]
     assert [(kind.norm.vmin, kind.norm.vmax) for kind in (filled, other)] == [(0.5, 35.0)] * 2
-    assert [float(tick.get_text()) for tick in bar.get_yticklabels()] == [0.5, 1, 2, 5, 10, 20]
+    assert [tick.get_text() for tick in bar.get_yticklabels()] == ["0.5", "1.45", "4.18", "12.1", "35"]
     band = filled.get_paths()[bisect(list(filled.levels), 2.0) - 1].get_extents()  # where 1 + x + (y + 1) / 2 is 2
     assert -0.4 < band.x0 < 0.2  # x = 0 where y = 1, and x = 1 where y = -1: the first direction goes to the right
     assert (band.x1, band.y0, band.y1) == pytest.approx((1, -1, 1))
 
 
+@pytest.mark.parametrize("losses", [[2.0] * 6, [1e-300, 1.0, 2.0, 3.0, 4.0, 1e300], [2.2, 2.5, 3.0, 3.5, 4.0, 4.2]])
+def test_scale_has_five_numbers_and_panels_their_steps(
+    losses: list[float], drawn: dict[str, Any], tmp_path: Path
+) -> None:
+    wide = dict(zip([(x, y) for x in (3, 1, 2) for y in (1, 0)], losses, strict=True))
+    draw_surfaces(dict.fromkeys("abcde", wide), tmp_path)
+    *panels, bar = drawn["surfaces"].axes
+    assert len({tick.get_text() for tick in bar.get_yticklabels()}) >= (2 if len(set(losses)) == 1 else 5)
+    assert [axes.xaxis.get_tick_params()["labelbottom"] for axes in panels] == [False, True, True, True, True]
+    extent = panels[0].collections[0].get_datalim(panels[0].transData)
+    assert (extent.x0, extent.x1, extent.y0, extent.y1) == pytest.approx((1, 3, 0, 1))
+
+
 @pytest.mark.parametrize(
     ("surfaces", "message"),
     [
-        ({}, "draw_surfaces needs at least one surface, got none"),
-        ({"a": {(0, 0): 1.0}}, "surfaces must have 2 x 2 points and a loss above zero, 'a' has not"),
-        ({"b": {(x, y): 0.0 for x in (0, 1) for y in (0, 1)}}, "'b' has not"),
+        ({}, "surfaces must map titles to surfaces, at least one, got {}"),
+        ({"a": {(0, 0): 1.0}}, "surfaces must be grids of 2 x 2 points or more with a loss above zero, 'a' is none"),
+        ({"b": {(x, y): 0.0 for x in (0, 1) for y in (0, 1)}}, "'b' is none"),
+        ({"c": {(0, 0): 1.0, (0, 1): 1.0, (1, 0): 1.0}}, "'c' is none"),
+        ({(0, 0): 1.0, (0, 1): 1.0, (1, 0): 1.0, (1, 1): 2.0}, r"\(0, 0\) is none"),
     ],
 )
-def test_surfaces_that_cannot_be_drawn_are_named(surfaces: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_surfaces_that_cannot_be_drawn_are_named(surfaces: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         draw_surfaces(surfaces, tmp_path)
 

@@ -120,25 +120,25 @@ def draw_surfaces(
             there is no colour, and where it is zero the lowest one.
 
     Raises:
-        ValueError: no surfaces, one of fewer than 2 x 2 points, or one without a loss above zero.
+        ValueError: no surfaces; one that is no grid of at least 2 x 2 points with a finite loss above zero.
     """
     if not surfaces:
-        raise ValueError("draw_surfaces needs at least one surface, got none")
-    grids = {name: _grid(name, surface) for name, surface in surfaces.items()}
-    seen = [loss for _, losses in grids.values() for row in losses for loss in row if loss > 0]
+        raise ValueError(f"surfaces must map titles to surfaces, at least one, got {surfaces!r}")
+    grids = {str(name): _grid(name, surface) for name, surface in surfaces.items()}
+    seen = [loss for *_, losses in grids.values() for row in losses for loss in row if loss > 0]
     low, high = min(seen), max(max(seen), 1.01 * min(seen))
-    look = {"levels": [low * (high / low) ** (step / 24) for step in range(24)] + [high], "cmap": "viridis"}
+    powers = [math.log10(low) + (math.log10(high) - math.log10(low)) * step / 24 for step in range(1, 24)]
+    levels = [low, *(10**power for power in powers), high]
     with require("matplotlib").rc_context({**_STYLE, "axes.grid": False}):
         figure, panels = _square_panels(len(grids))
         norm = require("matplotlib.colors").LogNorm(low, high)
-        for axes, (name, (steps, losses)) in zip(panels, grids.items(), strict=True):
-            colours = [[max(loss, low) for loss in row] for row in zip(*losses, strict=True)]  # of rows of the picture
-            filled = axes.contourf(steps, steps, colours, norm=norm, **look)
+        for axes, (name, (x, y, losses)) in zip(panels, grids.items(), strict=True):
+            colours = [[max(loss, low) for loss in row] for row in losses]
+            filled = axes.contourf(x, y, colours, levels, norm=norm, cmap="viridis")
             axes.plot(0, 0, "+", color="white")
             axes.set(title=_no_formula(name), aspect="equal")
-        ticks = [digit * 10.0**power for power in range(-12, 13) for digit in (1, 2, 5)]
-        ticks = [number for number in ticks if low <= number <= high]
-        figure.colorbar(filled, ax=panels, label="loss (nats)", ticks=ticks, format="{x:g}")
+        bar = figure.colorbar(filled, ax=panels, label="loss (nats)", ticks=levels[::6], format="{x:.3g}")
+        bar.minorticks_off()
         figure.supxlabel("steps of the length of each filter, along two random directions", fontsize=8)
         return _save(figure, Path(folder) / "surfaces", formats)
 
@@ -151,17 +151,22 @@ def _square_panels(count: int) -> tuple[Any, list[Any]]:
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for axes in panels[count:]:
         axes.remove()
+    for axes in panels[max(0, count - columns) : count]:  # nothing below them, also where the last row is short
+        axes.tick_params(labelbottom=True)
     return figure, panels[:count]
 
 
-def _grid(name: str, surface: Mapping[tuple[float, float], float]) -> tuple[list[float], list[list[float]]]:
-    """The steps in order, and the losses by first and second step; not a number where there is no finite one."""
-    steps = sorted({step for step, _ in surface})
-    losses = [[surface.get((one, other), math.nan) for other in steps] for one in steps]
-    losses = [[loss if math.isfinite(loss) else math.nan for loss in row] for row in losses]  # max() keeps a first nan
-    if len(steps) < 2 or not any(loss > 0 for row in losses for loss in row):
-        raise ValueError(f"surfaces must have 2 x 2 points and a loss above zero, {name!r} has not")
-    return steps, losses
+def _grid(name: str, surface: Any) -> tuple[list[float], list[float], list[list[float]]]:
+    """The steps in each direction, in order, and the losses by row of the picture, nan where none is finite."""
+    if isinstance(surface, Mapping) and all(isinstance(point, tuple) and len(point) == 2 for point in surface):
+        x, y = (sorted({point[at] for point in surface}) for at in (0, 1))
+        if len(surface) == len(x) * len(y) >= 4 and min(len(x), len(y)) > 1:
+            rows = [[float(surface[one, other]) for one in x] for other in y]
+            # max() keeps what is no number, where that comes first.
+            losses = [[loss if math.isfinite(loss) else math.nan for loss in row] for row in rows]
+            if any(loss > 0 for row in losses for loss in row):
+                return x, y, losses
+    raise ValueError(f"surfaces must be grids of 2 x 2 points or more with a loss above zero, {name!r} is none")
 
 
 def _by_depth(results: Sequence[Result], plain: bool, part: str) -> dict[int, list[float]]:
