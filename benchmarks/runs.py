@@ -83,6 +83,9 @@ def short(commit: str | None) -> str:
 def section(programme: str) -> str:
     """Tables and figures of a programme."""
     pictures = [f"![{SHOWN[name]}](figures/{programme}_{name}.png)" for name in drawn(programme)]
+    if pictures and len(kinds := groups(finished(programme))) > 1:
+        place = ("first", "second", "third")[kinds.index(largest(programme))]
+        pictures = [f"The figures show the runs of the {place} of these tables.", *pictures]
     return "\n".join([tables(programme), *(f"{picture}\n" for picture in pictures)])
 
 
@@ -91,10 +94,7 @@ def tables(programme: str, *left_out: str) -> str:
     runs = read(programme)
     if not runs:
         return "Not run yet.\n"
-    parts = [
-        f"{caption(group)}\n\n{table(group, *left_out)}"
-        for group in groups([run for run in runs if "failed" not in run])
-    ]
+    parts = [f"{caption(group)}\n\n{table(group, *left_out)}" for group in groups(finished(programme))]
     planned = len(sweep.PROGRAMMES[programme])
     left = planned - len(runs)
     if failed := [run for run in runs if "failed" in run]:
@@ -111,7 +111,7 @@ def with_and_without() -> str:
     """Accuracy with and without skips of each net that was trained both ways by one recipe, in `BOTH_WAYS`."""
     rows = []
     for programme in BOTH_WAYS:
-        for group in groups([run for run in read(programme) if "failed" not in run]):
+        for group in groups(finished(programme)):
             by_name: dict[str, list[dict[str, Any]]] = {}
             for run in group:
                 by_name.setdefault(run["name"], []).append(run)
@@ -183,12 +183,22 @@ def published(name: str, recipe: str) -> str:
     return f"{found[0]['accuracy_percent']:.2f} ({found[0]['source']})" if found else ""
 
 
+def finished(programme: str) -> list[dict[str, Any]]:
+    """The runs of a programme that did not diverge."""
+    return [run for run in read(programme) if "failed" not in run]
+
+
+def largest(programme: str) -> list[dict[str, Any]]:
+    """The finished runs of the table that has most of them."""
+    return max(groups(finished(programme)), key=len, default=[])
+
+
 def drawn(programme: str) -> list[str]:
-    """The figures of a programme whose finished runs can share axes: those of one group."""
-    finished = [run for run in read(programme) if "failed" not in run]
-    if len(groups(finished)) != 1 or len({run["name"] for run in finished}) < 2:
+    """The figures of a programme, where several nets can share axes."""
+    runs = largest(programme)
+    if len({run["name"] for run in runs}) < 2:
         return []
-    has_depths = programme.startswith("degradation") and len(compared_depths(finished)) > 1
+    has_depths = programme.startswith("degradation") and len(compared_depths(runs)) > 1
     return [name for name in SHOWN if name != "depths" or has_depths]
 
 
@@ -205,7 +215,7 @@ def depth(name: str) -> int:
 
 def draw(programme: str) -> dict[Path, bytes]:
     """The figures of a programme as PNG, each with the digest of the runs that it shows."""
-    results = [Result(**run) for run in read(programme) if "failed" not in run]
+    results = [Result(**run) for run in largest(programme)]
     with tempfile.TemporaryDirectory() as folder:
         draw_figures(ends(results) if "depths" in drawn(programme) else results, folder)
         if "depths" in drawn(programme):

@@ -25,9 +25,9 @@ def random_direction(net: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
     Norms and rectifiers make a net indifferent to the scale of its filters, so a step of one length is long for a net
     with small weights and short for one with large ones; in lengths of the filters nets can be compared. A filter is
-    what one output channel reads (in a transposed convolution, what one input channel is spread by). Norms, biases and
-    scales stay where they are, as in the paper. Of a weight that is computed, by a parametrization or pruning, the
-    parameters move that it is made of.
+    what one output channel reads (in a transposed convolution, what one input channel is spread by). Norms stay where
+    they are, as in the paper, and with them all parameters with one value for each entry of the first dimension: biases
+    and scales. Of a weight that is computed, by a parametrization or pruning, the parameters move that it is made of.
 
     Args:
         net: any module; the names are those of the net inside `torch.compile` and data-parallel wrappers.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 from math import comb
 from typing import Literal, TypeAlias, get_args
 
@@ -122,19 +122,21 @@ def path_gradients(
         lengths: through how many branches; None is 0, 1, 2, ... up to all of them.
         trials: different paths for each length; all of them where there are no more than trials.
         seed: of the draws; the same one draws the same paths, whatever the other lengths.
-        where: the blocks to choose among, as in `resblocks.set_skip`; gradients pass both ways through the others. Of
-            blocks inside blocks take the outer or the inner ones.
+        where: the blocks to choose among, as in `resblocks.set_skip`; gradients pass both ways through the others.
 
     Returns:
         The Euclidean norms of the gradient at x, a path each, for each length.
 
     Raises:
         ValueError: a length above the number of blocks, trials below 1; x of integers; the loss is no scalar; no block
-            has a skip that is on; a block that does not run once, with a merge of its own.
+            has a skip that is on; a block inside another one; one that does not run once, with a merge of its own.
     """
     blocks = _candidates(net, "skip", where)
     lengths = range(len(blocks) + 1) if lengths is None else lengths
     _check_draws(len(blocks), trials, seed, lengths=lengths)
+    for (outer, block), (inner, other) in permutations(blocks.items(), 2):
+        if other in block.modules():
+            raise ValueError(f"where must choose no block inside another, got {inner!r} inside {outer!r}")
     if not (x.is_floating_point() or x.is_complex()):
         raise ValueError(f"x must be of floating point numbers, got {x.dtype}")
     return {
@@ -157,7 +159,9 @@ def _path_gradient(
                     f"where must choose blocks that run once, with a merge of their own; that of {name or 'the net'} "
                     f"ran {gate.runs} times"
                 )
-        (grad,) = torch.autograd.grad(value, start, allow_unused=True) if value.requires_grad else (None,)
+        if not value.requires_grad:
+            raise ValueError("loss must depend on the net's output by operations that autograd records")
+        (grad,) = torch.autograd.grad(value, start, allow_unused=True)
     return norm_of(grad)
 
 

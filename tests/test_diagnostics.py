@@ -773,6 +773,7 @@ def test_path_gradients_of_a_frozen_and_of_a_compiled_net_are_those_of_the_net()
         ({"seed": 1.5}, "seed must be an integer of at least 0, got 1.5"),
         ({"x": torch.ones(2, 3, 32, 32, dtype=torch.uint8)}, "x must be of floating point numbers, got torch.uint8"),
         ({"loss": lambda y: y}, r"loss must return a tensor with one value, got a tensor of shape \(2, 10\)"),
+        ({"loss": lambda y: y.detach().sum()}, "loss must depend on the net's output by operations that autograd rec"),
         ({"where": "stem"}, "net must have at least one block whose skip is on, got none"),
     ],
 )
@@ -789,13 +790,18 @@ class Alone(Residual):
         return self.shortcut(x) + self.branch(x)
 
 
+class OnlyFirst(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self[0](x)
+        return y
+
+
 @pytest.mark.parametrize("kind", ["never", "twice", "shared", "own forward"])
 def test_path_gradients_refuse_blocks_that_do_not_run_once(kind: str) -> None:
     one, other = Residual(Times(2.0)), Residual(Times(3.0))
     net = nn.Sequential(one, other)
     if kind == "never":
-        one.other = other
-        net = nn.Sequential(one)
+        net = OnlyFirst(one, other)
     elif kind == "twice":
         net = nn.Sequential(one, other, one)
     elif kind == "shared":
@@ -806,9 +812,22 @@ def test_path_gradients_refuse_blocks_that_do_not_run_once(kind: str) -> None:
         path_gradients(net, torch.ones(1, 4), torch.sum)
 
 
-def test_path_gradients_do_not_mind_inference_mode_and_complex_numbers() -> None:
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
+def test_path_gradients_do_not_mind_who_calls_and_nets_that_begin_in_place(quiet: Any) -> None:
+    net = nn.Sequential(nn.ReLU(inplace=True), Residual(Times(2.0)))
+    x = torch.ones(1, 4)
+    with quiet():
+        assert path_gradients(net, x, torch.sum) == {0: [2.0], 1: [4.0]}
+
+
+def test_path_gradients_of_complex_numbers() -> None:
     net = Residual(Times(2.0))
-    with torch.inference_mode():
-        assert path_gradients(net, torch.ones(1, 4), torch.sum) == {0: [2.0], 1: [4.0]}
     x = torch.ones(1, 4, dtype=torch.complex64)
     assert path_gradients(net, x, lambda y: y.real.sum()) == {0: [2.0], 1: [4.0]}
+
+
+def test_path_gradients_refuse_blocks_inside_blocks() -> None:
+    net = nn.Sequential(Residual(Residual(Times(2.0))))
+    with pytest.raises(ValueError, match=r"where must choose no block inside another, got '0.branch' inside '0'"):
+        path_gradients(net, torch.ones(1, 4), torch.sum)
+    assert path_gradients(net, torch.ones(1, 4), torch.sum, where="0.branch") == {0: [4.0], 1: [6.0]}

@@ -163,6 +163,14 @@ def test_runs_of_different_recipes_are_in_different_tables(runs: Any) -> None:
     assert runs.drawn("tiny") == []
 
 
+def test_figures_are_those_of_the_table_with_most_runs(runs: Any) -> None:
+    names = ("resnet18", "resnet18_noskip")
+    write(runs, finished("resnet18", 0, 90.0, epochs=3), *(finished(name, 1, 80.0) for name in names))
+    assert [run["name"] for run in runs.largest("tiny")] == list(names)
+    assert "The figures show the runs of the second of these tables.\n\n![" in runs.section("tiny")
+    assert len(runs.draw("tiny")) == len(runs.drawn("tiny")) == 3
+
+
 @pytest.mark.parametrize(
     ("where", "option", "value", "said"),
     [

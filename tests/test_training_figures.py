@@ -359,9 +359,9 @@ def test_surfaces_share_a_scale_and_lie_as_their_steps_say(drawn: dict[str, Any]
     steps = [-1.0, 0.0, 1.0]
     low = {(one, other): 1.0 + one + 0.5 * (other + 1) for one in steps for other in steps}  # from 0 to 3
     high = {**{point: 10 * (1 + loss) for point, loss in low.items()}, (1.0, 1.0): math.inf}
-    draw_surfaces({"flat $ground": low, "high": high}, tmp_path)
+    draw_surfaces({"flat $ground": low, "high over all that lies below": high}, tmp_path)
     first, second, bar = drawn["surfaces"].axes
-    assert [axes.get_title() for axes in (first, second)] == [r"flat \$ground", "high"]
+    assert [axes.get_title() for axes in (first, second)] == [r"flat \$ground", "high over all that lies\nbelow"]
     filled, other = first.collections[0], second.collections[0]
     assert [(kind.norm.vmin, kind.norm.vmax) for kind in (filled, other)] == [(0.5, 35.0)] * 2
     assert [tick.get_text() for tick in bar.get_yticklabels()] == ["0.5", "1.45", "4.18", "12.1", "35"]
@@ -378,6 +378,7 @@ def test_scale_has_five_numbers_and_panels_their_steps(
     draw_surfaces(dict.fromkeys("abcde", wide), tmp_path)
     *panels, bar = drawn["surfaces"].axes
     assert len({tick.get_text() for tick in bar.get_yticklabels()}) >= (2 if len(set(losses)) == 1 else 5)
+    assert [axes.get_subplotspec().rowspan.start for axes in panels] == [0, 0, 0, 0, 1]
     assert [axes.xaxis.get_tick_params()["labelbottom"] for axes in panels] == [False, True, True, True, True]
     extent = panels[0].collections[0].get_datalim(panels[0].transData)
     assert (extent.x0, extent.x1, extent.y0, extent.y1) == pytest.approx((1, 3, 0, 1))

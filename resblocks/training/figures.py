@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def draw_surfaces(
 
     Args:
         surfaces: a title for each, and what `resblocks.diagnostics.loss_surface` returned. Where the loss is not finite
-            there is no colour, and where it is zero the lowest one.
+            there is no colour, and where it is not above zero the lowest one.
 
     Raises:
         ValueError: no surfaces; one that is no grid of at least 2 x 2 points with a finite loss above zero.
@@ -136,10 +137,11 @@ def draw_surfaces(
             colours = [[max(loss, low) for loss in row] for row in losses]
             filled = axes.contourf(x, y, colours, levels, norm=norm, cmap="viridis")
             axes.plot(0, 0, "+", color="white")
-            axes.set(title=_no_formula(name), aspect="equal")
-        bar = figure.colorbar(filled, ax=panels, label="loss (nats)", ticks=levels[::6], format="{x:.3g}")
+            axes.set(title=textwrap.fill(_no_formula(name), 26), aspect="equal")
+        bar = figure.colorbar(filled, ax=panels, label="loss", ticks=levels[::6], format="{x:.3g}")
         bar.minorticks_off()
-        figure.supxlabel("steps of the length of each filter, along two random directions", fontsize=8)
+        figure.supxlabel("step along the first direction", fontsize=9)
+        figure.supylabel("along the second", fontsize=9)
         return _save(figure, Path(folder) / "surfaces", formats)
 
 
