@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from trained import result_of, some_images
 
 from resblocks.diagnostics import path_gradients
-from resblocks.training import Dataset, build_net, load_dataset, load_trained, normalise
+from resblocks.training import Dataset, build_net, load_dataset, load_trained
 from resblocks.training.environment import environment
 from resblocks.training.files import write_json
 from resblocks.training.result import title
@@ -33,13 +34,9 @@ IMAGES = 32
 TRIALS = 10
 
 
-def measure(folder: Path, dataset: Dataset) -> dict[str, Any]:
+def measure(folder: Path, result: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     """The norms of the gradients of single paths by their length, before and after the training of a run."""
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    if result["settings"]["dataset"].get("sha256") != dataset.key:
-        raise SystemExit(f"error: {folder} was trained on other data than {dataset.name}")
-    rows = torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(0))[:IMAGES]
-    images, labels = normalise(dataset.train_images[rows], dataset.mean, dataset.std), dataset.train_labels[rows]
+    images, labels = some_images(dataset, IMAGES)
 
     def paths(net: nn.Module) -> dict[str, list[float]]:
         found = path_gradients(
@@ -112,10 +109,10 @@ def main() -> None:
         dataset = load_dataset("cifar10", options.data_dir)
         found = {"dataset": dataset.name, "environment": environment(torch.device("cpu")), "nets": {}}
         for folder in options.folders:
-            name = json.loads((folder / "result.json").read_text(encoding="utf-8"))["name"]
-            found["nets"][name] = measure(folder, dataset)
+            result = result_of(folder, dataset)
+            found["nets"][result["name"]] = measure(folder, result, dataset)
             write_json(options.out, found)
-            print(name, flush=True)
+            print(result["name"], flush=True)
     draw(json.loads(options.out.read_text(encoding="utf-8")), options.figure)
 
 

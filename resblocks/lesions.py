@@ -128,8 +128,9 @@ def path_gradients(
         The Euclidean norms of the gradient at x, a path each, for each length.
 
     Raises:
-        ValueError: a length above the number of blocks, trials below 1; x of integers; the loss is no scalar; no block
-            has a skip that is on; a block inside another one; one that does not run once, with a merge of its own.
+        ValueError: a length above the number of blocks, trials below 1; x of integers; the loss is no scalar, or cut
+            off from the net's output; no block has a skip that is on; a block inside another one; one that does not run
+            once, with a merge of its own.
     """
     blocks = _candidates(net, "skip", where)
     lengths = range(len(blocks) + 1) if lengths is None else lengths

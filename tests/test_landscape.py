@@ -215,5 +215,6 @@ def test_norms_of_whole_maps_stay():
 
 def test_surface_refuses_a_single_direction():
     net = small_net()
+    single: Any = (random_direction(net),)
     with pytest.raises(ValueError, match="directions must be two, got 1"):
-        loss_surface(net, loss_on(), [0], (random_direction(net),))  # type: ignore[arg-type]
+        loss_surface(net, loss_on(), [0], single)
