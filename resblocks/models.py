@@ -171,6 +171,7 @@ MODELS: dict[str, Build] = {
     "wrn_16_8": partial(wide_resnet, 16, widen_factor=8),
     "wrn_40_4": partial(wide_resnet, 40, widen_factor=4),
     "wrn_28_10": partial(wide_resnet, 28, widen_factor=10),
+    "resnext29_32x4d": partial(cifar_resnext, 29, cardinality=32, base_width=4),
     "resnext29_8x64d": partial(cifar_resnext, 29, cardinality=8, base_width=64),
     "resnext29_16x64d": partial(cifar_resnext, 29, cardinality=16, base_width=64),
     "densenet_40_12": partial(cifar_densenet, 40, growth_rate=12, bottleneck=False),

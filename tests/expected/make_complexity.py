@@ -284,6 +284,8 @@ def entries() -> list[dict[str, Any]]:
     wrn = wide(28, 10)
     rows.append(entry("wrn_28_10", wrn, WIDE, paper_millions="36.5", published=36_479_194, published_in=PYTORCHCV))
 
+    tally, source = resnext_cifar(32, 4), f"{RESNEXT}, section 5.3, in a size that osmr/imgclsmob trained"
+    rows.append(entry("resnext29_32x4d", tally, source, published=4_775_754, published_in=PYTORCHCV))
     source = f"{RESNEXT}, table 7"
     rows.append(entry("resnext29_8x64d", resnext_cifar(8, 64), source, paper_millions="34.4"))
     tally = resnext_cifar(16, 64)
