@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import isfinite
+from typing import cast
 
 import torch
 from torch import nn
@@ -67,6 +69,16 @@ def check_sequence(**arguments: object) -> None:
     for name, value in arguments.items():
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ValueError(f"{name} must be a list or another sequence, got {value!r}")
+
+
+def check_steps(**arguments: object) -> None:
+    """Raise unless every argument is a sequence of finite numbers."""
+    for name, steps in arguments.items():
+        check_sequence(**{name: steps})
+        for step in cast(Sequence[object], steps):
+            check_number(**{name: step})
+            if not isfinite(cast(float, step)):
+                raise ValueError(f"{name} must be finite, got {step}")
 
 
 def check_input_size(sizes: object) -> None:

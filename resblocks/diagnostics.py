@@ -28,6 +28,7 @@ from resblocks.lesions import lesion_study as lesion_study
 from resblocks.lesions import path_gradients as path_gradients
 from resblocks.measures import norm_of, scalar, variance_of, wide
 from resblocks.residual import Residual, plain_name, residuals, some_residuals
+from resblocks.shattering import gradient_correlation as gradient_correlation
 from resblocks.undisturbed import INTERNAL, attributes_restored, hooked, undisturbed, unwrapped
 
 

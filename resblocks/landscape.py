@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
-from math import isfinite
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from resblocks.checks import check_integer, check_number, check_sequence
+from resblocks.checks import check_integer, check_sequence, check_steps
 from resblocks.measures import wide
 from resblocks.undisturbed import restored, unwrapped
 
@@ -123,11 +122,7 @@ def _metrics(
     net: nn.Module, evaluate: Evaluate, steps: Sequence[float], directions: Sequence[Direction]
 ) -> dict[tuple[float, ...], float]:
     """Of the net at each point of the grid."""
-    check_sequence(steps=steps)
-    for step in steps:
-        check_number(steps=step)
-        if not isfinite(step):
-            raise ValueError(f"steps must be finite, got {step}")
+    check_steps(steps=steps)
     ways = [_ways(unwrapped(net), direction) for direction in directions]
     return {point: _metric(net, evaluate, point, ways) for point in product(steps, repeat=len(ways))}
 

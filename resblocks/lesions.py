@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from resblocks.checks import check_integer, check_positive, check_sequence
-from resblocks.measures import norm_of, scalar
+from resblocks.measures import norm_of
 from resblocks.residual import Residual, Where, skips_off, some_residuals
-from resblocks.undisturbed import eager, hooked, restored, undisturbed
+from resblocks.undisturbed import eager, hooked, input_gradient, restored
 
 Part: TypeAlias = Literal["branch", "skip"]
 Evaluate: TypeAlias = Callable[[nn.Module], float]
@@ -138,8 +138,6 @@ def path_gradients(
     for (outer, block), (inner, other) in permutations(blocks.items(), 2):
         if other in block.modules():
             raise ValueError(f"where must choose no block inside another, got {inner!r} inside {outer!r}")
-    if not (x.is_floating_point() or x.is_complex()):
-        raise ValueError(f"x must be of floating point numbers, got {x.dtype}")
     return {
         length: [_path_gradient(net, x, loss, blocks, path) for path in _draws(len(blocks), length, trials, seed)]
         for length in lengths
@@ -151,18 +149,13 @@ def _path_gradient(
 ) -> float:
     gates = [_Gate(side=1 if index in path else 0) for index in range(len(blocks))]
     hooks = (block.merge.register_forward_pre_hook(gate) for block, gate in zip(blocks.values(), gates, strict=True))
-    with undisturbed(net, x), torch.inference_mode(False), torch.enable_grad(), hooked(hooks):
-        start = x.detach().clone().requires_grad_()
-        value = scalar(loss(net(start.clone())))  # a net that begins in place may write over the copy of the leaf
-        for name, gate in zip(blocks, gates, strict=True):
-            if gate.runs != 1:
-                raise ValueError(
-                    f"where must choose blocks that run once, with a merge of their own; that of {name or 'the net'} "
-                    f"ran {gate.runs} times"
-                )
-        if not value.requires_grad:
-            raise ValueError("loss must depend on the net's output by operations that autograd records")
-        (grad,) = torch.autograd.grad(value, start, allow_unused=True)
+    grad = input_gradient(net, x, loss, hooks)
+    for name, gate in zip(blocks, gates, strict=True):
+        if gate.runs != 1:
+            raise ValueError(
+                f"where must choose blocks that run once, with a merge of their own; that of {name or 'the net'} "
+                f"ran {gate.runs} times"
+            )
     return norm_of(grad)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
+
+from resblocks.measures import scalar
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 
@@ -36,6 +38,25 @@ def undisturbed(net: nn.Module, x: Tensor) -> Iterator[None]:
     cuda = [x.device] if x.device.type == "cuda" else []
     with restored(net), eager(), torch.random.fork_rng(devices=cuda):
         yield
+
+
+def input_gradient(
+    net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], hooks: Iterable[RemovableHandle] = ()
+) -> Tensor:
+    """The gradient of a loss at x, with hooks that are there for this run alone.
+
+    Raises:
+        ValueError: x of integers, a loss that is no scalar or cut off from the net's output.
+    """
+    if not (x.is_floating_point() or x.is_complex()):
+        raise ValueError(f"x must be of floating point numbers, got {x.dtype}")
+    with undisturbed(net, x), torch.inference_mode(False), torch.enable_grad(), hooked(hooks):
+        start = x.detach().clone().requires_grad_()
+        value = scalar(loss(net(start.clone())))  # a net that begins in place may write over the copy of the leaf
+        if not value.requires_grad:
+            raise ValueError("loss must depend on the net's output by operations that autograd records")
+        (grad,) = torch.autograd.grad(value, start, allow_unused=True, materialize_grads=True)
+    return grad
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
