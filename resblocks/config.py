@@ -27,6 +27,7 @@ MODULES = tuple(
         "shortcuts",
         "interop.names",
         "interop.other_names",
+        "interop.video",
     )
 )
 

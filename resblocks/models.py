@@ -23,7 +23,7 @@ R18, R34, R101, R152 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
 R50 = R34
 
 
-def basic_resnet(depths: Sequence[int], *, block: Block = BasicBlock, **options: Any) -> Build:
+def basic_resnet(depths: Sequence[int], *, block: Block | Sequence[Block] = BasicBlock, **options: Any) -> Build:
     """A ResNet of basic blocks."""
     return partial(ResNet, block=block, depths=depths, widths=BASIC, **options)
 

@@ -28,9 +28,17 @@ from resblocks.options import (
     LayerOptions,
     Layers,
     NetOptions,
-    inside,
 )
-from resblocks.protocol import LAYER_OPTIONS, Block, asked_options, check_block, make_block, refuse_foreign
+from resblocks.protocol import (
+    LAYER_OPTIONS,
+    Block,
+    asked_options,
+    block_of_stages,
+    check_block,
+    is_preactivated,
+    make_block,
+    refuse_foreign,
+)
 from resblocks.rebuild import ACTIVATIONS, start_rebuild
 from resblocks.residual import Checkpoint, residuals, set_skip
 from resblocks.stems import Stem, make_stem
@@ -184,7 +192,8 @@ class ResNet(Network):
     activation out of the stem and puts them before the head (He et al. 2016).
 
     Args:
-        block: block class or partial; `partial(Bottleneck, groups=32, base_width=4)` makes a ResNeXt.
+        block: block class or partial, or a list with one for each stage; `partial(Bottleneck, groups=32, base_width=4)`
+            makes a ResNeXt.
         depths: number of blocks in each stage.
         widths: channels that come out of each stage, 256, 512, 1024, 2048 for resnet50.
         strides: of the first block of each stage, each a number or a tuple with one for each dimension; None is 1, then
@@ -208,13 +217,13 @@ class ResNet(Network):
 
     Raises:
         ValueError: lists of different lengths, an unknown stem, an option that the block does not take, a block
-            without `out_channels`; what the blocks raise.
+            without `out_channels`, stages with and without pre-activation; what the blocks raise.
         TypeError: an option that does not exist.
     """
 
     def __init__(
         self,
-        block: Block,
+        block: Block | Sequence[Block],
         depths: Sequence[int],
         widths: Sequence[int],
         *,
@@ -229,25 +238,27 @@ class ResNet(Network):
         skip: bool = True,
         **options: Unpack[NetOptions],
     ) -> None:
-        check_block(ResNet, block, options)
         check_sequence(depths=depths)
+        blocks = block_of_stages(block, len(depths))
+        for one in blocks:
+            check_block(ResNet, one, options)
         strides = [1] + [2] * (len(depths) - 1) if strides is None else strides
         check_lengths(depths=depths, widths=widths, strides=strides)
         check_stages(depths=depths, widths=widths)
         check_probability(drop_path=drop_path)
         check_flag(skip=skip)
         make = Layers(**layer_options(options))
-        preactivated = getattr(inside(block), "preactivated", False)
+        preactivated = is_preactivated(blocks)
         stem_module, stem_stride = make_stem(make, stem, in_channels, stem_width, stem_pool, activated=not preactivated)
         each = [one_stride(stride, make.dims, f"strides[{stage}]") for stage, stride in enumerate(strides)]
         plans = plan_stages(each, stem_stride, output_stride)
         drops = iter([drop_path * (number + 1) / sum(depths) for number in range(sum(depths))])
         stages, stage_channels, channels = [], [], stem_width
-        for depth, width, plan in zip(depths, widths, plans, strict=True):
+        for of_stage, depth, width, plan in zip(blocks, depths, widths, plans, strict=True):
             stage = nn.Sequential()
             for stride, first in [(plan.stride, plan.first_dilation)] + [(1, plan.dilation)] * (depth - 1):
                 given = asked_options(options, skip, next(drops), dilation=plan.dilation, first_dilation=first)
-                stage.append(make_block(block, channels, width, stride, given))
+                stage.append(make_block(of_stage, channels, width, stride, given))
                 channels = cast(int, stage[-1].out_channels)
             stages.append(stage)
             stage_channels.append(channels)

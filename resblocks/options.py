@@ -309,7 +309,7 @@ class BlockLayers(Layers):
         return at_every_position(self.pooling(layer, channels, replaced, "downsample"), self.first_dilation)
 
     def strided_conv(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: Stride, *, groups: int = 1
+        self, in_channels: int, out_channels: int, kernel_size: Stride, stride: Stride, *, groups: int = 1
     ) -> nn.Module:
         """The first 3x3 convolution, which carries the block's stride, unless `pool` does."""
         if stride != 1 and self.first_dilation != self.dilation:

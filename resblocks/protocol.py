@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 from torch import nn
 
@@ -13,6 +14,28 @@ from resblocks.options import LayerOptions, NetOptions, inside, refuse_unknown
 Block = Callable[..., nn.Module]
 LAYER_OPTIONS = LayerOptions.__annotations__
 DILATIONS = ("dilation", "first_dilation")
+
+
+def block_of_stages(block: Block | Sequence[Block], stages: int) -> list[Block]:
+    """The block of each stage, where one is given for all or a list with one for each."""
+    if not isinstance(block, (list, tuple)):
+        return [cast(Block, block)] * stages
+    if len(block) != stages:
+        raise ValueError(
+            f"block must be one for all or one for each of the {stages} stages of depths, got {len(block)}"
+        )
+    return list(block)
+
+
+def is_preactivated(blocks: Sequence[Block]) -> bool:
+    """Whether the blocks leave it to what comes behind them to activate what they put out."""
+    kinds = {bool(getattr(inside(block), "preactivated", False)) for block in blocks}
+    if len(kinds) > 1:
+        raise ValueError(
+            "block must be pre-activated in all stages or in none, got both kinds: norm and activation "
+            "between them would be missing or double"
+        )
+    return kinds == {True}
 
 
 def check_block(net: type[nn.Module], block: object, options: Iterable[str]) -> None:

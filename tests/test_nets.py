@@ -61,6 +61,16 @@ def test_resnet_takes_any_number_of_stages(block, stages):
     assert net.stage_channels == tuple(widths)
 
 
+def test_each_stage_may_have_a_block_of_its_own():
+    blocks = [BasicBlock, partial(Bottleneck, groups=2), partial(BasicBlock, activation=nn.GELU)]
+    net = ResNet(blocks, (1, 2, 1), (8, 16, 8), stem="cifar", stem_width=8, num_classes=3, activation=nn.ELU)
+    assert [[type(block) for block in stage] for stage in net.stages] == [[BasicBlock], [Bottleneck] * 2, [BasicBlock]]
+    assert [conv.groups for conv in net.modules() if isinstance(conv, nn.Conv2d)].count(2) == 2
+    assert (count(net.stages[0], nn.ELU), count(net.stages[1], nn.ELU)) == (2, 6)
+    trains_every_parameter(net, image(3, 8))
+    assert rb.to_config(rb.from_config(rb.to_config(net))) == rb.to_config(net)
+
+
 def test_resnet_takes_a_foreign_block_of_three_arguments():
     class Tiny(nn.Module):
         def __init__(self, in_channels, out_channels, stride):
@@ -673,6 +683,9 @@ def test_block_without_parameters_makes_a_net():
         (lambda: ResNet(BasicBlock, 3, (8, 8, 8)), "depths must be a list or another sequence, got 3"),
         (lambda: ResNet(BasicBlock, (1,), "8"), "widths must be a list or another sequence, got '8'"),
         (lambda: small(BasicBlock(3, 3)), "block must be a class or callable that makes blocks, got BasicBlock"),
+        (lambda: small([BasicBlock]), "block must be one for all or one for each of the 2 stages of depths, got 1"),
+        (lambda: small([BasicBlock, 3]), "block must be a class or callable that makes blocks, got 3"),
+        (lambda: small([BasicBlock, PreActBasicBlock]), "block must be pre-activated in all stages or in none"),
         (lambda: small("BasicBlock"), "block must be a class or callable that makes blocks, got 'BasicBlock'"),
         (lambda: small(output_stride=2.5), "output_stride must be an integer of at least the stride of the stem, 1"),
         (lambda: create_model(None), "name must be one of the .* named nets, got None"),

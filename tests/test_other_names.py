@@ -10,21 +10,26 @@ from typing import Any
 import pytest
 import theirs
 import torch
+from blocks import count, image, trains_every_parameter
 from test_interop import assert_same, randomise, shapes
 from torch import nn
 
 from resblocks import (
+    SE,
     BasicBlock,
     Bottleneck,
     DenseNet,
+    LayerScale,
     average_downsample,
     create_model,
     draw_like_torch,
     from_config,
+    group_norm,
     to_config,
 )
 from resblocks.interop import (
     NAMES,
+    FactorisedBlock,
     biased_projection,
     centred_padding,
     differences,
@@ -63,15 +68,46 @@ def test_net_gives_equal_logits_and_gradients(name: str) -> None:
     assert_same(net, model, torch.randn(2, *size))
 
 
-def test_video_net_gives_equal_logits_and_gradients() -> None:
+@pytest.mark.parametrize(
+    ("name", "convolutions", "stem"),
+    [
+        ("r3d_18", ["Conv3DSimple"] * 4, "BasicStem"),
+        ("mc3_18", ["Conv3DSimple"] + ["Conv3DNoTemporal"] * 3, "BasicStem"),
+        ("r2plus1d_18", ["Conv2Plus1D"] * 4, "R2Plus1dStem"),
+    ],
+)
+def test_video_net_gives_equal_logits_and_gradients(name: str, convolutions: list[str], stem: str) -> None:
     from torchvision.models.video import resnet
 
     torch.manual_seed(0)
-    model = resnet.VideoResNet(resnet.BasicBlock, [resnet.Conv3DSimple] * 4, [1, 1, 1, 1], resnet.BasicStem)
-    net = NAMES["torchvision.video"]["r3d_18"](depths=(1, 1, 1, 1))
+    made_of: Any = [getattr(resnet, convolution) for convolution in convolutions]
+    model = resnet.VideoResNet(resnet.BasicBlock, made_of, [1, 1, 1, 1], getattr(resnet, stem))
+    net = NAMES["torchvision.video"][name](depths=(1, 1, 1, 1))
     assert load(net, randomise(model)) == []
     assert shapes(to_vocabulary(net, "torchvision.video")) == shapes(model.state_dict())
     assert_same(net, model, torch.randn(2, 3, 4, 16, 16))
+
+
+def test_factorised_block_takes_every_option_of_a_block() -> None:
+    options: Any = {"norm": group_norm, "activation": nn.ELU, "dropout": 0.5, "attention": SE, "shortcut": "D"}
+    block = FactorisedBlock(8, 16, (1, 2, 2), drop_path=0.5, scale=LayerScale, **options)
+    assert (count(block, nn.GroupNorm), count(block, nn.ELU), count(block, nn.Dropout)) == (5, 4, 1)
+    assert trains_every_parameter(block, image(8, 6, dims=3)).shape == (3, 16, 6, 3, 3)
+    dilated = FactorisedBlock(8, 8, dilation=2, skip=False)
+    assert {conv.dilation for conv in dilated.modules() if isinstance(conv, nn.Conv3d)} == {(2, 2, 2)}
+    assert dilated(image(8, 6, dims=3)).shape == (3, 8, 6, 6, 6)
+    pooled = FactorisedBlock(8, 16, 2, downsample=average_downsample)
+    assert {conv.stride for conv in pooled.modules() if isinstance(conv, nn.Conv3d)} == {(1, 1, 1)}
+    assert pooled(image(8, 6, dims=3)).shape == (3, 16, 3, 3, 3)
+
+
+def test_factorised_block_has_the_weights_of_the_basic_block_and_is_for_videos_alone() -> None:
+    pairs = [sum(weight.numel() for weight in block(64, 64, dims=3).branch.parameters() if weight.dim() > 1)
+             for block in (FactorisedBlock, BasicBlock)]  # fmt: skip
+    assert pairs == [64 * 144 * 9 * 2 + 144 * 64 * 3 * 2, 64 * 64 * 27 * 2]
+    assert pairs[0] == pairs[1]
+    with pytest.raises(ValueError, match="dims must be 3 in a block for videos, got 2"):
+        FactorisedBlock(8, 8, dims=2)
 
 
 def test_dense_net_of_monai_gives_equal_logits_and_gradients() -> None:

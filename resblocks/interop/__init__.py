@@ -8,6 +8,7 @@ from resblocks.interop.hub import from_pretrained, push_to_hub, save_pretrained
 from resblocks.interop.names import TIMM, TIMM_OUT, TORCHVISION
 from resblocks.interop.official import pretrained
 from resblocks.interop.other_names import NAMES, biased_projection, centred_padding, unstrided_stem
+from resblocks.interop.video import FactorisedBlock, factorised_stem, spatial_convolution, video_stem
 from resblocks.interop.weights import load, to_timm, to_torchvision, to_vocabulary
 
 __all__ = [
@@ -15,16 +16,20 @@ __all__ = [
     "TIMM",
     "TIMM_OUT",
     "TORCHVISION",
+    "FactorisedBlock",
     "biased_projection",
     "centred_padding",
     "differences",
+    "factorised_stem",
     "from_pretrained",
     "load",
     "pretrained",
     "push_to_hub",
     "save_pretrained",
+    "spatial_convolution",
     "to_timm",
     "to_torchvision",
     "to_vocabulary",
     "unstrided_stem",
+    "video_stem",
 ]

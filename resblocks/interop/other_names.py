@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from resblocks.attention import SE
-from resblocks.blocks import Bottleneck
+from resblocks.blocks import BasicBlock, Bottleneck
 from resblocks.interop.names import R10, R26, R200, TIMM, TORCHVISION
+from resblocks.interop.video import FactorisedBlock, factorised_stem, spatial_convolution, video_stem
 from resblocks.layers import Stride, max_pool, named
 from resblocks.models import (
     MODELS,
@@ -34,16 +35,10 @@ from resblocks.models import (
 )
 from resblocks.nets import DenseNet, ResNet
 from resblocks.options import BlockLayers, Layers, with_layers
+from resblocks.protocol import Block
 from resblocks.shortcuts import ZeroPad
 
 # --- the parts in which these nets differ from the papers'
-
-
-@with_layers
-def video_stem(make: Layers, in_channels: int, width: int) -> nn.Module:
-    """A 3x7x7 convolution that keeps the frames, without a pool (Tran et al. 2018, table 1)."""
-    conv = make.conv(in_channels, width, (3, 7, 7), (1, 2, 2))
-    return named(conv=conv, norm=make.norm(width), act=make.activation())
 
 
 @with_layers
@@ -84,7 +79,13 @@ def centred_padding(make: BlockLayers, in_channels: int, out_channels: int, stri
 # --- the tables
 
 R3333 = (3, 3, 3, 3)
-VIDEO: dict[str, Build] = {"r3d_18": basic_resnet(R18, dims=3, stem=video_stem, num_classes=400)}
+MIXED: tuple[Block, ...] = (BasicBlock, *[partial(BasicBlock, conv=spatial_convolution)] * 3)
+OF_VIDEOS: dict[str, Any] = {"dims": 3, "num_classes": 400}
+VIDEO: dict[str, Build] = {
+    "r3d_18": basic_resnet(R18, stem=video_stem, **OF_VIDEOS),
+    "mc3_18": basic_resnet(R18, block=MIXED, strides=(1, *[(1, 2, 2)] * 3), stem=video_stem, **OF_VIDEOS),
+    "r2plus1d_18": basic_resnet(R18, block=FactorisedBlock, stem=factorised_stem, **OF_VIDEOS),
+}
 
 TRANSFORMERS: dict[str, Build] = {
     "resnet-18": basic_resnet(R18),

@@ -82,6 +82,16 @@ _VIDEO_RESNET: dict[str, str] = {
     **_PROJECTION,
     "head": "fc",
 }
+_FACTORISED_RESNET: dict[str, str] = {
+    **_VIDEO_RESNET,
+    "stem.spatial": "stem.0",
+    "stem.spatial_norm": "stem.1",
+    "stem.conv": "stem.3",
+    "stem.norm": "stem.4",
+    "stages.{s}.{b}.branch.spatial{n}": "layer{s+1}.{b}.conv{n}.0.0",
+    "stages.{s}.{b}.branch.spatial_norm{n}": "layer{s+1}.{b}.conv{n}.0.1",
+    "stages.{s}.{b}.branch.conv{n}": "layer{s+1}.{b}.conv{n}.0.3",
+}
 _MONAI_DENSENET: dict[str, str] = {
     **_DENSENET,
     "stages.{s}.block.layer{n}.branch.conv{m}": "features.denseblock{s+1}.denselayer{n}.layers.conv{m}",
@@ -164,7 +174,7 @@ _HF_RESNET: dict[str, str] = {**{ours: f"resnet.{theirs}" for ours, theirs in _H
 # Of each library its tables in the order of trying: a net is named by the first that has a name for each of its layers.
 VOCABULARIES: dict[str, tuple[Table, ...]] = {
     "torchvision": (_RESNET | _PLAIN_STEM | _PROJECTION, _DENSENET),
-    "torchvision.video": (_VIDEO_RESNET,),
+    "torchvision.video": (_VIDEO_RESNET, _FACTORISED_RESNET),
     "timm": (
         _RESNET | _PLAIN_STEM | _PROJECTION | _ATTENTION,
         _RESNET | _PLAIN_STEM | _POOLED_PROJECTION | _ATTENTION,
