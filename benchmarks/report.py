@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from decimal import Decimal
@@ -26,6 +27,7 @@ import options
 import paths
 import performance_tables
 import runs
+import shattering
 import theirs
 from peers import verdict
 from performance_tables import markdown, read
@@ -239,6 +241,32 @@ def paths_table() -> str:
     return markdown(header, rows, "lrlrrr")
 
 
+def shattering_table() -> str:
+    """How far images may move until half of the gradient's direction is lost, before and after training."""
+    measured, rows = read("shattering"), []
+    trained = {title(name): shattering.half(net["correlation"]) for name, net in measured["trained"].items()}
+    for name, seeds in measured["start"].items():
+        start = [shattering.half(cosines) for cosines in seeds]
+        spread = f"({two_digits(min(start))} to {two_digits(max(start))})"
+        end = two_digits(trained[name]) if name in trained else ""
+        rows.append([name, f"{two_digits(statistics.geometric_mean(start))} {spread}", end])
+    return markdown(["net", "at initialisation", "after ten epochs"], rows, "lrr")
+
+
+def asked_table() -> str:
+    """What each library does with each request; the messages of errors are in the file."""
+    measured = read("asked")
+    shown = {"monai": "MONAI"}
+    rows = [
+        [request, *(re.sub(r"^(\w+Error): .*", r"`\1`", answer) for answer in answers.values())]
+        for request, answers in measured["rows"].items()
+    ]
+    libraries = next(iter(measured["rows"].values()))
+    versions = measured["environment"]["versions"]
+    header = ["asked for", *(f"{shown.get(name, name)} {versions[name]}" for name in libraries)]
+    return markdown(header, rows, "l" * len(header))
+
+
 def two_digits(number: float) -> str:
     """As people write it: no exponent."""
     return f"{Decimal(f'{number:.2g}'):,f}"
@@ -253,6 +281,8 @@ def call(build: Any) -> str:
             f"partial({build.func.__name__}, " if build.func not in (ResNet, DenseNet) else f"{build.func.__name__}("
         )
         return f"{inner}{', '.join(said)})"
+    if isinstance(build, tuple):
+        return f"({', '.join(map(call, build))})"
     return build.__name__ if callable(build) else repr(build)
 
 
@@ -270,10 +300,12 @@ TABLES = {
     "names-out": names_out_table,
     **{f"names-{library.replace('.', '-')}": partial(names_table, library) for library in theirs.BUILD},
     "options": options_table,
+    "asked": asked_table,
     "dense-memory": dense_memory_table,
     "gradients": gradients_table,
     "landscape": landscape_table,
     "paths": paths_table,
+    "shattering": shattering_table,
     "recipes": recipes_table,
     "recipe-values": recipe_values_table,
     "inference": inference_table,

@@ -18,6 +18,7 @@ import paths
 import peers
 import pytest
 import scaling
+import shattering
 import torch
 import train_step
 from turns import against, take_turns
@@ -167,6 +168,14 @@ def test_plane_is_read_by_its_steps_and_its_local_minima_are_counted():
     assert landscape.minima(found, "resnet20") == 1  # now that one, which lies beside the other
     losses[1][1], losses[2][2], losses[3][3] = 2.0, 2.0, None  # which was infinite
     assert landscape.minima(found, "resnet20") == 0
+
+
+def test_half_is_where_the_line_through_the_cosines_crosses_it(monkeypatch):
+    monkeypatch.setattr(shattering, "STEPS", [0.001, 0.01, 0.1, 1.0])
+    assert shattering.half([1.0, 0.9, 0.1, 0.0]) == pytest.approx(10**-1.5)
+    assert shattering.half([0.5, 0.0, 0.6, 0.0]) == 0.001
+    assert shattering.half([0.4, 0.3, 0.2, 0.1]) == 0
+    assert shattering.half([1.0, 0.9, 0.8, 0.5]) == 1
 
 
 def test_shares_of_paths_count_how_many_there_are():
