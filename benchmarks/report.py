@@ -247,9 +247,11 @@ def shattering_table() -> str:
     trained = {title(name): shattering.half(net["correlation"]) for name, net in measured["trained"].items()}
     for name, seeds in measured["start"].items():
         start = [shattering.half(cosines) for cosines in seeds]
-        spread = f"({two_digits(min(start))} to {two_digits(max(start))})"
-        end = two_digits(trained[name]) if name in trained else ""
-        rows.append([name, f"{two_digits(statistics.geometric_mean(start))} {spread}", end])
+        said = f"below {two_digits(shattering.STEPS[0])}"
+        if min(start) > 0:
+            spread = f"({two_digits(min(start))} to {two_digits(max(start))})"
+            said = f"{two_digits(statistics.geometric_mean(start))} {spread}"
+        rows.append([name, said, two_digits(trained[name]) if name in trained else ""])
     return markdown(["net", "at initialisation", "after ten epochs"], rows, "lrr")
 
 
