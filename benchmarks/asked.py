@@ -18,6 +18,7 @@ import torch
 from monai.networks.nets import DenseNet as MonaiDense
 from monai.networks.nets import ResNet as Monai
 from pytorchcv.models.resnet import ResNet as Cv
+from pytorchcv.models.resnetd import get_resnetd
 from timm.models.densenet import DenseNet as TimmDense
 from timm.models.resnet import BasicBlock as TimmBasic
 from timm.models.resnet import ResNet as Timm
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.models.densenet import DenseNet as TorchvisionDense
 from torchvision.models.resnet import BasicBlock as TorchvisionBasic
 from torchvision.models.resnet import ResNet as Torchvision
+from torchvision.ops import DropBlock2d
 
 import resblocks as rb
 from resblocks.training.environment import environment
@@ -70,10 +72,13 @@ def has_stages(net: nn.Module, stages: int) -> str:
 
 
 def puts_out_at(net: nn.Module, positions: int) -> str:
-    """Whether the smallest maps have so many positions along a side."""
+    """Whether the smallest maps have so many positions along a side, by dilations in place of two strides."""
     sizes = watched_sizes(net)
     net(image())
-    return "yes" if min(sizes) == positions else f"maps of {min(sizes)}, not {positions}"
+    if min(sizes) != positions:
+        return f"maps of {min(sizes)}, not {positions}"
+    dilations = {conv.dilation[0] for conv in net.modules() if isinstance(conv, nn.Conv2d)}
+    return "yes" if dilations == {1, 2, 4} else f"dilations {', '.join(map(str, sorted(dilations)))}"
 
 
 def watched_sizes(net: nn.Module) -> list[int]:
@@ -135,6 +140,10 @@ def cv(stages: int) -> nn.Module:
     net = Cv([[16 * 2**stage] for stage in range(stages)], 16, False, True, num_classes=10)
     net.features.final_pool = nn.AdaptiveAvgPool2d(1)  # its own is for images of one size
     return net
+
+
+def dropping_relu() -> nn.Module:
+    return nn.Sequential(DropBlock2d(0.1, 3), nn.ReLU())
 
 
 R18 = [2, 2, 2, 2]
@@ -200,6 +209,7 @@ REQUESTS: dict[str, tuple[Callable[[nn.Module], str], dict[str, Build]]] = {
         {
             "torchvision": lambda: Torchvision(TorchvisionBasic, R18, replace_stride_with_dilation=[False, True, True]),
             "timm": lambda: Timm(TimmBasic, R18, output_stride=8),
+            "pytorchcv": lambda: get_resnetd(18, ordinary_init=True),
             "resblocks": lambda: rb.create_model("resnet18", output_stride=8),
         },
     ),
@@ -213,9 +223,12 @@ REQUESTS: dict[str, tuple[Callable[[nn.Module], str], dict[str, Build]]] = {
     ),
     "hooks see what left a layer": (keeps_values, PLAIN),
     "backward hooks on every layer": (takes_backward_hooks, PLAIN),
-    "DropBlock": (
+    "DropBlock in ResNet-18": (
         partial(has_some, name="DropBlock"),
-        {"timm": lambda: Timm(TimmBasic, R18, drop_block_rate=0.1)},
+        {
+            "timm": lambda: Timm(TimmBasic, R18, drop_block_rate=0.1),
+            "resblocks": lambda: rb.create_model("resnet18", stem="cifar", activation=dropping_relu),
+        },
     ),
     "shortcut A with its gradient": (
         differentiates,

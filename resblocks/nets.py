@@ -193,7 +193,7 @@ class ResNet(Network):
 
     Args:
         block: block class or partial, or a list with one for each stage; `partial(Bottleneck, groups=32, base_width=4)`
-            makes a ResNeXt.
+            makes a ResNeXt. An option that a partial has is its own, whatever the net's is.
         depths: number of blocks in each stage.
         widths: channels that come out of each stage, 256, 512, 1024, 2048 for resnet50.
         strides: of the first block of each stage, each a number or a tuple with one for each dimension; None is 1, then
@@ -257,7 +257,9 @@ class ResNet(Network):
         for of_stage, depth, width, plan in zip(blocks, depths, widths, plans, strict=True):
             stage = nn.Sequential()
             for stride, first in [(plan.stride, plan.first_dilation)] + [(1, plan.dilation)] * (depth - 1):
-                given = asked_options(options, skip, next(drops), dilation=plan.dilation, first_dilation=first)
+                given = asked_options(
+                    of_stage, options, skip, next(drops), dilation=plan.dilation, first_dilation=first
+                )
                 stage.append(make_block(of_stage, channels, width, stride, given))
                 channels = cast(int, stage[-1].out_channels)
             stages.append(stage)

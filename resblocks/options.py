@@ -312,6 +312,7 @@ class BlockLayers(Layers):
         self, in_channels: int, out_channels: int, kernel_size: Stride, stride: Stride, *, groups: int = 1
     ) -> nn.Module:
         """The first 3x3 convolution, which carries the block's stride, unless `pool` does."""
+        stride = one_stride(stride, self.dims)
         if stride != 1 and self.first_dilation != self.dilation:
             raise ValueError(
                 f"stride must be 1 where a dilation replaces it, got {stride} with dilation={self.dilation} and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 from torch import nn
@@ -108,10 +109,14 @@ def with_one_dilation(options: dict[str, object]) -> dict[str, object]:
 
 
 def asked_options(
-    options: NetOptions, skip: bool, drop_path: float, *, dilation: int, first_dilation: int
+    block: Block, options: NetOptions, skip: bool, drop_path: float, *, dilation: int, first_dilation: int
 ) -> dict[str, object]:
-    """The options of one block, without those that say nothing, so that a block need not know them."""
-    asked: dict[str, object] = dict(options)
+    """The options of one block, without those that say nothing, so that a block need not know them.
+
+    Nor those that a partial has said already: what is said of some blocks counts more than what is said of all.
+    """
+    said = block.keywords if isinstance(block, partial) else {}
+    asked: dict[str, object] = {name: value for name, value in options.items() if name not in said}
     if not skip:
         asked["skip"] = False
     if dilation > 1:

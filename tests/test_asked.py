@@ -42,7 +42,7 @@ def net_of(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-@pytest.mark.parametrize("request_", [name for name in asked.REQUESTS if name != "DropBlock"])
+@pytest.mark.parametrize("request_", asked.REQUESTS)
 def test_resblocks_does_what_is_asked(request_: str) -> None:
     check, builds = asked.REQUESTS[request_]
     assert asked.answer(check, builds["resblocks"]) == "yes"
@@ -56,6 +56,7 @@ def test_resblocks_does_what_is_asked(request_: str) -> None:
         (lambda net: asked.has_some(net, "Drop"), lambda: create_model("resnet18"), "no such layer"),
         (lambda net: asked.has_stages(net, 3), lambda: create_model("resnet18"), "4 stages"),
         (lambda net: asked.puts_out_at(net, 8), lambda: create_model("resnet18"), "maps of 2, not 8"),
+        (lambda net: asked.puts_out_at(net, 16), lambda: net_of(nn.Conv2d(3, 4, 1, 4)), "dilations 1"),
         (asked.keeps_values, lambda: net_of(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True)), "1 of 5 values overwritten"),
         (asked.counts_once, lambda: Twice(nn.BatchNorm2d(3)), "batches counted: 2"),
         (asked.differentiates, lambda: net_of(Cut(3, 4, 1)), "gradient off by .* %"),

@@ -20,12 +20,14 @@ from resblocks import (
     Bottleneck,
     DenseNet,
     LayerScale,
+    ResNet,
     average_downsample,
     create_model,
     draw_like_torch,
     from_config,
     group_norm,
     to_config,
+    weight_standardised,
 )
 from resblocks.interop import (
     NAMES,
@@ -68,6 +70,11 @@ def test_net_gives_equal_logits_and_gradients(name: str) -> None:
     assert_same(net, model, torch.randn(2, *size))
 
 
+def test_mixed_net_stays_mixed_with_another_convolution() -> None:
+    net = NAMES["torchvision.video"]["mc3_18"](depths=(1, 1, 1, 1), conv=weight_standardised)
+    assert [stage[0].branch.conv1.kernel_size for stage in net.stages] == [(3, 3, 3), *[(1, 3, 3)] * 3]
+
+
 @pytest.mark.parametrize(
     ("name", "convolutions", "stem"),
     [
@@ -96,6 +103,8 @@ def test_factorised_block_takes_every_option_of_a_block() -> None:
     dilated = FactorisedBlock(8, 8, dilation=2, skip=False)
     assert {conv.dilation for conv in dilated.modules() if isinstance(conv, nn.Conv3d)} == {(2, 2, 2)}
     assert dilated(image(8, 6, dims=3)).shape == (3, 8, 6, 6, 6)
+    net = ResNet(FactorisedBlock, (1, 1), (8, 16), dims=3, stem="cifar", stem_width=8, output_stride=1)
+    assert net.features(image(3, 6, dims=3))[1].shape == (3, 16, 6, 6, 6)
     pooled = FactorisedBlock(8, 16, 2, downsample=average_downsample)
     assert {conv.stride for conv in pooled.modules() if isinstance(conv, nn.Conv3d)} == {(1, 1, 1)}
     assert pooled(image(8, 6, dims=3)).shape == (3, 16, 3, 3, 3)
