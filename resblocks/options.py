@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.overrides import TorchFunctionMode
 from typing_extensions import TypedDict
 
 from resblocks.attention import ECA, SE
@@ -32,6 +34,7 @@ from resblocks.layers import (
 from resblocks.residual import Checkpoint
 
 POOLS = (*avg_pool, *max_pool)
+DRAWN_AGAIN = (*convolution, *weight_standardised)  # by `init_new_layers`, whatever their constructors drew
 SHORTCUTS = ("A", "B", "C", "D", "identity")
 
 
@@ -127,7 +130,7 @@ class Layers:
         given = (self, *args) if getattr(inside(make), "wants_layers", False) else args
         device = torch.get_default_device() if self._device is None else torch.device(self._device)
         rewind = _rng_rewind(device)
-        with device:
+        with device, nullcontext() if inside(make) not in DRAWN_AGAIN else Undrawn():
             try:
                 module = make(*given, **kwargs)
             except (TypeError, ValueError) as error:
@@ -338,6 +341,18 @@ class BlockLayers(Layers):
             "checkpoint": self._checkpoint,
             "skip": skip,
         }
+
+
+class Undrawn(TorchFunctionMode):
+    """Leaves out the draws of torch's constructors; half of the time to make a net would be spent in them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.kaiming_uniform_, nn.init.uniform_):
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def with_layers(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import resblocks as rb
 from resblocks.layers import batch_norm, convolution
@@ -203,6 +204,24 @@ def test_checkpoint_keeps_fewer_tensors():
 def test_drop_path_reaches_every_block(name, dims):
     net = net_of(name, dims, drop_path=0.2)
     assert [block.drop_path.p for block in rb.residuals(net).values()] == pytest.approx([0.05, 0.1, 0.15, 0.2])
+
+
+class Draws(TorchDispatchMode):
+    """Counts how many tensors are drawn uniformly."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.uniform_.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("conv", [convolution, rb.weight_standardised])
+def test_what_constructors_draw_is_left_out(conv):
+    with Draws() as draws:
+        block = rb.BasicBlock(8, 16, 2, conv=conv)
+    assert draws.count == 3  # one for each convolution, by `init_new_layers`
+    assert all(weight.std() > 0.01 for weight in block.parameters() if weight.dim() > 1)
 
 
 def test_sync_batch_norm_converts_by_torch():
