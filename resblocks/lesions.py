@@ -149,14 +149,17 @@ def _path_gradient(
 ) -> float:
     gates = [_Gate(side=1 if index in path else 0) for index in range(len(blocks))]
     hooks = (block.merge.register_forward_pre_hook(gate) for block, gate in zip(blocks.values(), gates, strict=True))
-    grad = input_gradient(net, x, loss, hooks)
-    for name, gate in zip(blocks, gates, strict=True):
-        if gate.runs != 1:
-            raise ValueError(
-                f"where must choose blocks that run once, with a merge of their own; that of {name or 'the net'} "
-                f"ran {gate.runs} times"
-            )
-    return norm_of(grad)
+
+    def loss_of_one_path(y: Tensor) -> Tensor:
+        for name, gate in zip(blocks, gates, strict=True):
+            if gate.runs != 1:
+                raise ValueError(
+                    f"where must choose blocks that run once, with a merge of their own; that of {name or 'the net'} "
+                    f"ran {gate.runs} times"
+                )
+        return loss(y)
+
+    return norm_of(input_gradient(net, x, loss_of_one_path, hooks))
 
 
 class _Gate:

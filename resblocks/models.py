@@ -29,7 +29,11 @@ def basic_resnet(depths: Sequence[int], *, block: Block | Sequence[Block] = Basi
 
 
 def bottleneck_resnet(
-    depths: Sequence[int], *, block: Block = Bottleneck, widths: Sequence[int] = BOTTLENECK, **options: Any
+    depths: Sequence[int],
+    *,
+    block: Block | Sequence[Block] = Bottleneck,
+    widths: Sequence[int] = BOTTLENECK,
+    **options: Any,
 ) -> Build:
     """A ResNet of bottlenecks."""
     return partial(ResNet, block=block, depths=depths, widths=widths, **options)

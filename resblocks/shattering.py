@@ -17,9 +17,9 @@ def gradient_correlation(
 ) -> dict[float, list[float]]:
     """How alike the gradients at x and a step away from it are (Balduzzi et al. 2017, section 1.1 and figure 1).
 
-    In a deep net without skips they soon have nothing in common, as in white noise, however close the inputs; with
-    skips they stay alike for longer. The paper measures scalar inputs; here it is the cosine of the angle between the
-    whole gradients, those of the loss with respect to the input. The net runs in the mode that it is in: one that was
+    In a deep net without skips, before it is trained, they soon have nothing in common, as in white noise; with skips
+    they stay alike for longer. Figure 1 has scalar inputs; here it is the cosine of the angle between the whole
+    gradients, those of the loss with respect to the input. The net runs in the mode that it is in: one that was
     not trained has no running statistics yet, so take train mode, or `torch.optim.swa_utils.update_bn` before.
 
     Args:
@@ -34,7 +34,7 @@ def gradient_correlation(
     Shape: x and `towards` are alike, (N, ...).
 
     Raises:
-        ValueError: x of integers, or without a batch dimension; `towards` of another shape; steps that are no finite
+        ValueError: x of integers, or without entries; `towards` of another shape; steps that are no finite
             numbers; a loss that is no scalar, or cut off from the net's output.
 
     Example:
@@ -44,20 +44,22 @@ def gradient_correlation(
         1.0
     """
     check_steps(steps=steps)
-    if x.dim() == 0 or towards.shape != x.shape:
+    if x.dim() == 0 or x.numel() == 0 or towards.shape != x.shape:
         raise ValueError(
-            f"towards must have the shape of x, (N, ...), got {tuple(towards.shape)} for x of {tuple(x.shape)}"
+            f"x and towards must have one shape, (N, ...), that is not empty, got {tuple(x.shape)} and "
+            f"{tuple(towards.shape)}"
         )
     own = _directions(input_gradient(net, x, loss))
     cosines = {}
     for step in steps:
         there = _directions(input_gradient(net, torch.lerp(x, towards.to(x), step), loss))
-        cosines[step] = torch.linalg.vecdot(own, there).real.tolist()
+        cosines[step] = torch.linalg.vecdot(own, there).real.clamp(-1, 1).tolist()
     return cosines
 
 
 def _directions(grad: Tensor) -> Tensor:
     """Of length 1, one row for each entry of the batch."""
     rows = wide(grad).reshape(len(grad), -1)
+    rows = rows / rows.abs().amax(1, keepdim=True)  # whose squares do not leave the range of numbers
     directions: Tensor = rows / rows.norm(dim=1, keepdim=True)
     return directions

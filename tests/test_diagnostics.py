@@ -809,7 +809,7 @@ def test_path_gradients_refuse_blocks_that_do_not_run_once(kind: str) -> None:
     else:
         net = nn.Sequential(one, Alone(Times(3.0)))
     with pytest.raises(ValueError, match=r"where must choose blocks that run once.* ran [02] times"):
-        path_gradients(net, torch.ones(1, 4), torch.sum)
+        path_gradients(net, torch.ones(1, 4), torch.sum, [1])
 
 
 @pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])

@@ -36,6 +36,7 @@ from resblocks.interop import (
     centred_padding,
     differences,
     load,
+    spatial_convolution,
     to_vocabulary,
     unstrided_stem,
 )
@@ -73,6 +74,13 @@ def test_net_gives_equal_logits_and_gradients(name: str) -> None:
 def test_mixed_net_stays_mixed_with_another_convolution() -> None:
     net = NAMES["torchvision.video"]["mc3_18"](depths=(1, 1, 1, 1), conv=weight_standardised)
     assert [stage[0].branch.conv1.kernel_size for stage in net.stages] == [(3, 3, 3), *[(1, 3, 3)] * 3]
+
+
+def test_any_net_of_videos_can_look_at_each_image_alone() -> None:
+    net = NAMES["torchvision.video"]["r3d_18"](depths=(1, 1, 1, 1), conv=spatial_convolution).eval()
+    assert {conv.kernel_size[0] for conv in net.modules() if isinstance(conv, nn.Conv3d)} == {1}
+    images = torch.randn(1, 3, 1, 16, 16)
+    torch.testing.assert_close(net(images.expand(-1, -1, 8, -1, -1)), net(images))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +125,8 @@ def test_factorised_block_has_the_weights_of_the_basic_block_and_is_for_videos_a
     assert pairs[0] == pairs[1]
     with pytest.raises(ValueError, match="dims must be 3 in a block for videos, got 2"):
         FactorisedBlock(8, 8, dims=2)
+    with pytest.raises(ValueError, match="out_channels must be an integer of at least 1, got 0"):
+        FactorisedBlock(8, 0)
 
 
 def test_dense_net_of_monai_gives_equal_logits_and_gradients() -> None:

@@ -42,9 +42,13 @@ def test_correlation_is_the_cosine_of_the_gradients_by_hand():
     }
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e25])
-def test_correlation_does_not_depend_on_the_size_of_gradients(scale):
-    net, x, towards = small_net().eval(), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(1e-30, torch.float32), (1e25, torch.float32), (1e-200, torch.float64), (1e200, torch.float64)],
+)
+def test_correlation_does_not_depend_on_the_size_of_gradients(scale, dtype):
+    net = small_net().eval().to(dtype)
+    x, towards = torch.randn(2, 2, 3, 8, 8, dtype=dtype)
     expected = gradient_correlation(net, x, towards, [0.1], lambda y: y.logsumexp(1).sum())[0.1]
     found = gradient_correlation(net, x, towards, [0.1], lambda y: scale * y.logsumexp(1).sum())[0.1]
     assert found == pytest.approx(expected, rel=1e-4)
@@ -63,10 +67,10 @@ def test_gradients_shatter_without_skips():
     for skip in (True, False):
         torch.manual_seed(0)
         net = create_model("resnet56", skip=skip)
-        cosines = gradient_correlation(net, x, x + noise, [1e-4, 0.1], lambda y: y.logsumexp(1).mean())
+        cosines = gradient_correlation(net, x, x + noise, [1e-4], lambda y: y.logsumexp(1).mean())
         found[skip] = [fmean(values) for values in cosines.values()]
     assert found[True][0] > 0.9
-    assert found[True][1] > found[False][1] + 0.1
+    assert found[False][0] < 0.3
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -89,8 +93,12 @@ def test_correlation_runs_in_the_mode_of_the_net_and_leaves_it_as_it_was(trainin
     ("changed", "message"),
     [
         ({"x": torch.ones(2, 3, dtype=torch.int64)}, "x must be of floating point numbers, got torch.int64"),
-        ({"x": torch.tensor(1.0), "towards": torch.tensor(2.0)}, r"towards must have the shape of x, \(N, ...\)"),
-        ({"towards": torch.ones(2, 4)}, r"towards must have the shape of x, .*got \(2, 4\) for x of \(2, 3\)"),
+        ({"x": torch.tensor(1.0), "towards": torch.tensor(2.0)}, r"x and towards must have one shape, \(N, ...\)"),
+        (
+            {"x": torch.ones(0, 3), "towards": torch.ones(0, 3)},
+            r"must have one shape, .* that is not empty, got \(0, 3\)",
+        ),
+        ({"towards": torch.ones(2, 4)}, r"x and towards must have one shape, .*got \(2, 3\) and \(2, 4\)"),
         ({"steps": 0.5}, "steps must be a list or another sequence, got 0.5"),
         ({"steps": [math.inf]}, "steps must be finite, got inf"),
         ({"steps": ["1"]}, "steps must be an integer or a float, got '1'"),

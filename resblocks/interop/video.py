@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
+from resblocks.checks import check_positive
 from resblocks.layers import Stride, named, one_stride
 from resblocks.options import BlockLayers, BlockOptions, Layers, with_layers
 from resblocks.residual import Residual
@@ -34,11 +35,18 @@ def factorised_stem(make: Layers, in_channels: int, width: int) -> nn.Module:
 
 
 def spatial_convolution(
-    in_channels: int, out_channels: int, kernel_size: int, *, padding: int, **options: Any
+    in_channels: int, out_channels: int, kernel_size: Stride, *, padding: Stride, **options: Any
 ) -> nn.Module:
-    """A convolution of the images of a video, each alone: in "mixed convolutions" (Tran et al. 2018, section 3.2)."""
-    size, padded = (1, kernel_size, kernel_size), (0, padding, padding)
-    return nn.Conv3d(in_channels, out_channels, size, padding=padded, **options)
+    """A convolution of the images of a video, each alone: a value for `conv` (MCx and f-R2D of Tran et al. 2018)."""
+    _, *size = of_three(kernel_size)
+    _, *padded = of_three(padding)
+    space: dict[str, Any] = {"kernel_size": (1, *size), "padding": (0, *padded)}
+    return nn.Conv3d(in_channels, out_channels, **space, **options)
+
+
+def of_three(size: Stride) -> tuple[int, ...]:
+    """For time, height and width."""
+    return (size,) * 3 if isinstance(size, int) else size
 
 
 class FactorisedBlock(Residual):
@@ -71,8 +79,9 @@ class FactorisedBlock(Residual):
         if make.dims != 3:
             raise ValueError(f"dims must be 3 in a block for videos, got {make.dims}")
         stride = one_stride(stride, 3)
-        time, height, width = (stride,) * 3 if isinstance(stride, int) else stride
-        middle = max(1, in_channels * out_channels * 27 // (in_channels * 9 + out_channels * 3))
+        time, height, width = of_three(stride)
+        check_positive(in_channels=in_channels, out_channels=out_channels)
+        middle = in_channels * out_channels * 27 // (in_channels * 9 + out_channels * 3)
         branch = named(
             spatial1=make.strided_conv(in_channels, middle, (1, 3, 3), (1, height, width)),
             spatial_norm1=make.norm(middle),
