@@ -105,7 +105,7 @@ PROGRAMMES: dict[str, tuple[Cell, ...]] = {
     "init-cpu": cells(["resnet20", "resnet20_torchinit"], "r26", seeds=2, epochs=10),  # by --precision float32
     "recompressed-cpu": cells(["resnet20"], "r10", seeds=3, dataset="cifar10-recompressed"),
     "degradation-cpu": (*cells(plain_and_residual(20, 56), "r10"), *cells(plain_and_residual(20), "r10", seeds=3)[2:]),
-    "degradation-float32-cpu": cells(plain_and_residual(20, 32, 44, 56), "r10"),  # by --precision float32
+    "degradation-float32-cpu": cells(plain_and_residual(20, 32, 44, 56, 110), "r10"),  # by --precision float32
     "families-cpu": cells(
         ["preact_resnet110", "densenet_40_12", "wrn_16_4", "densenet_bc_100_12", "resnext29_32x4d"], "r10"
     ),
