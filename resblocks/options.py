@@ -130,7 +130,7 @@ class Layers:
         given = (self, *args) if getattr(inside(make), "wants_layers", False) else args
         device = torch.get_default_device() if self._device is None else torch.device(self._device)
         rewind = _rng_rewind(device)
-        with device, nullcontext() if inside(make) not in DRAWN_AGAIN else Undrawn():
+        with device, Undrawn() if inside(make) in DRAWN_AGAIN else nullcontext():
             try:
                 module = make(*given, **kwargs)
             except (TypeError, ValueError) as error:
@@ -344,7 +344,7 @@ class BlockLayers(Layers):
 
 
 class Undrawn(TorchFunctionMode):
-    """Leaves out the draws of torch's constructors; half of the time to make a net would be spent in them."""
+    """Leaves out the draws of torch's constructors, which take a third of the time to make a net."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
