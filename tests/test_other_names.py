@@ -29,6 +29,7 @@ from resblocks import (
     to_config,
     weight_standardised,
 )
+from resblocks.fuse import fuse
 from resblocks.interop import (
     NAMES,
     FactorisedBlock,
@@ -69,6 +70,20 @@ def test_net_gives_equal_logits_and_gradients(name: str) -> None:
     assert load(net, randomise(model)) == []
     size = (1, 16, 16, 16) if name.startswith("monai") else (3, 32, 32)
     assert_same(net, model, torch.randn(2, *size))
+
+
+@pytest.mark.parametrize("name", NAMES["torchvision.video"])
+def test_video_net_is_fused_and_recomputed_like_any_other(name: str) -> None:
+    torch.manual_seed(0)
+    build, small = NAMES["torchvision.video"][name], {"depths": (1, 1, 1, 1), "widths": (8, 16, 16, 16)}
+    net, x = build(**small), torch.randn(2, 3, 4, 16, 16)
+    rebuilt = build(**small, checkpoint="norms")
+    rebuilt.load_state_dict(net.state_dict())
+    for one in (net, rebuilt):
+        one(x).square().sum().backward()
+    for again, once in zip(rebuilt.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(again.grad, once.grad, rtol=0, atol=0)
+    torch.testing.assert_close(fuse(net.eval())(x), net(x), rtol=1e-4, atol=1e-5)
 
 
 def test_mixed_net_stays_mixed_with_another_convolution() -> None:
