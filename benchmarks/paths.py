@@ -10,7 +10,6 @@ measured at the images.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from math import comb
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from trained import result_of, some_images
+from trained import parser_of, result_of, some_images
 
 from resblocks.diagnostics import path_gradients
 from resblocks.training import Dataset, build_net, load_dataset, load_trained
@@ -98,13 +97,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="*")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--figure", type=Path, default=FIGURE)
-    parser.add_argument("--draw", action="store_true", help="draw the figure from the file, run nothing")
-    options = parser.parse_args()
+    options = parser_of(__doc__, RESULTS, FIGURE).parse_args()
     if not options.draw:
         dataset = load_dataset("cifar10", options.data_dir)
         found = {"dataset": dataset.name, "environment": environment(torch.device("cpu")), "nets": {}}

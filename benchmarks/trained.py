@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,17 @@ import torch
 from torch import Tensor
 
 from resblocks.training import Dataset, normalise
+
+
+def parser_of(doc: str | None, results: Path, figure: Path) -> argparse.ArgumentParser:
+    """The command line of a script that measures such nets, writes results and draws a figure of them."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="*", help="of finished runs")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--out", type=Path, default=results)
+    parser.add_argument("--figure", type=Path, default=figure)
+    parser.add_argument("--draw", action="store_true", help="draw the figure from the file, run nothing")
+    return parser
 
 
 def result_of(folder: Path, dataset: Dataset) -> dict[str, Any]:
