@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import isfinite
 from typing import cast
 
 import torch
@@ -77,7 +77,7 @@ def check_steps(**arguments: object) -> None:
         check_sequence(**{name: steps})
         for step in cast(Sequence[object], steps):
             check_number(**{name: step})
-            if not isfinite(cast(float, step)):
+            if not abs(cast(float, step)) <= sys.float_info.max:  # an integer may be larger than any float
                 raise ValueError(f"{name} must be finite, got {step}")
 
 

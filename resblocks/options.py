@@ -344,7 +344,7 @@ class BlockLayers(Layers):
 
 
 class Undrawn(TorchFunctionMode):
-    """Leaves out the draws of torch's constructors, which take a third of the time to make a net."""
+    """Leaves out the draws of torch's constructors, which would take time and count for nothing."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -34,8 +34,8 @@ def gradient_correlation(
     Shape: x and `towards` are alike, (N, ...).
 
     Raises:
-        ValueError: x of integers, or without entries; `towards` of another shape; steps that are no finite
-            numbers; a loss that is no scalar, or cut off from the net's output.
+        ValueError: x of integers, or without entries; `towards` of another shape, or complex for a real x; steps that
+            are no finite numbers; a loss that is no scalar, or cut off from the net's output.
 
     Example:
         >>> net, x, noise = nn.Linear(4, 3), torch.randn(1, 4), torch.randn(1, 4)
@@ -49,6 +49,8 @@ def gradient_correlation(
             f"x and towards must have one shape, (N, ...), that is not empty, got {tuple(x.shape)} and "
             f"{tuple(towards.shape)}"
         )
+    if towards.is_complex() and not x.is_complex():
+        raise ValueError(f"towards must be real where x is, got {towards.dtype} for x of {x.dtype}")
     own = _directions(input_gradient(net, x, loss))
     cosines = {}
     for step in steps:
