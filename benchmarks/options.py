@@ -91,4 +91,6 @@ def said(options: dict[str, Any], blocks: Mapping[str, Any]) -> str:
     if len(taking) == len(blocks):
         return "all"
     refusing = [name for name in blocks if name not in taking]
+    if refusing == ["DenseLayer", "DenseBlock"]:
+        return "all but dense"
     return f"all but {', '.join(refusing)}" if len(refusing) < len(taking) else ", ".join(taking)

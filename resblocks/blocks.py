@@ -21,8 +21,8 @@ class BasicBlock(Residual):
     """Two 3x3 convolutions (He et al. 2015, fig. 5 left).
 
     Args:
-        in_channels, out_channels, stride: of the block; the stride, one for all dimensions or a tuple with one for
-            each, sits on the first convolution.
+        in_channels, out_channels: of the block.
+        stride: of the first convolution, the same in all dimensions or a tuple with one for each.
         groups: groups of both convolutions.
         skip: False drops the shortcut and its weights, giving the plain net of He et al.
         options: `resblocks.options.BlockLayers` documents them.

@@ -43,7 +43,7 @@ class FusedConv(Frozen):
     a copy and a pickle.
 
     Shape: as the convolution's; `other`, which is added before the ReLU, has the shape of the output, and may be
-        written over on request.
+    written over on request.
     """
 
     packed: Packed | None = None

@@ -160,7 +160,7 @@ class Network(nn.Module):
             stages: which stages, counted from 0; None takes all. What comes behind the last of them does not run.
 
         Shape: (N, in_channels, H, W) -> for each stage (N, channels, ceil(H / stride), ceil(W / stride)); the pools
-            between the stages of `DenseNet` and `BaselineCNN` round down.
+        between the stages of `DenseNet` and `BaselineCNN` round down.
 
         Raises:
             ValueError: a stage that the net does not have.

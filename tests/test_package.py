@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 import resblocks
+from resblocks import interop, training
 
+PAGES = Path(__file__).parent.parent / "docs" / "api"
 IMPORT = """
 import json, sys
 import torch
@@ -43,5 +49,11 @@ def test_types_are_shipped() -> None:
 def test_every_public_module_has_a_page_in_the_reference() -> None:
     package = Path(resblocks.__file__).parent
     modules = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
-    pages = {path.stem for path in (Path(__file__).parent.parent / "docs" / "api").glob("*.md")}
+    pages = {path.stem for path in PAGES.glob("*.md")} - {"types", "internals"}
     assert {name for name in modules if not name.startswith("_")} == pages
+
+
+@pytest.mark.parametrize("room", [resblocks, interop, training], ids=lambda room: room.__name__)
+def test_every_public_name_has_an_entry_in_the_reference(room: ModuleType) -> None:
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in PAGES.glob("*.md"))
+    assert set(room.__all__) <= set(re.findall(r"^\.\. (?:auto\w+|py:\w+):: (\w+)$", pages, re.MULTILINE))

@@ -89,7 +89,7 @@ class Dataset:
 
     @functools.cached_property
     def key(self) -> str:
-        """SHA-256 of all images and labels: two runs on the same key saw the same data."""
+        """SHA-256 of all images and labels; two runs on the same key saw the same data."""
         digest = hashlib.sha256()
         for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(tensor.cpu().contiguous().numpy().data)

@@ -117,7 +117,7 @@ def draw_surfaces(
     """The loss around several nets in one logarithmic scale of colours (Li et al. 2018, figure 5). Returns the files.
 
     Args:
-        surfaces: a title for each, and what `resblocks.diagnostics.loss_surface` returned. Where the loss is not finite
+        surfaces: a title for each, and what `resblocks.landscape.loss_surface` returned. Where the loss is not finite
             there is no colour, and where it is not above zero the lowest one.
 
     Raises:

@@ -93,7 +93,7 @@ def fit(
         graph: on one GPU replay each step as one CUDA graph, with or without `compile`; equal up to rounding.
         channels_last: memory format of weights and images.
         small_maps: on the CPU run 3x3 convolutions with small output maps as matrix products where that was measured to
-            be faster; equal up to rounding, see `resblocks.training.small_maps`.
+            be faster; equal up to rounding.
         deterministic: on CUDA choose deterministic convolutions, slower; the CPU's always are.
         gradients: record the gradient by layer at the start and after each epoch; it does not change the training. It
             is that of the mean loss in training mode, in float32, of 128 training images (fewer where a batch is
