@@ -1,4 +1,8 @@
+import inspect
 import re
+from pathlib import Path
+
+from torch import nn
 
 import resblocks
 
@@ -30,14 +34,10 @@ myst_heading_anchors = 3
 # variables and aliases of ours.
 nitpick_ignore_regex = [("py:.*", r"(?!resblocks\.).*"), ("py:class", r"resblocks\..*\.(_\w+|T|Draws)")]
 
-
-def in_rooms(rooms):
-    return {name: f"resblocks.{room}.{name}" for room, names in rooms.items() for name in names}
-
-
 # Names that a signature shows instead of what they stand for; docs/api/types.md says what that is.
-autodoc_type_aliases = in_rooms(
-    {
+autodoc_type_aliases = {
+    name: f"resblocks.{room}.{name}"
+    for room, names in {
         "layers": ("Layer", "Family", "Stride"),
         "protocol": ("Block",),
         "stems": ("Stem",),
@@ -48,38 +48,41 @@ autodoc_type_aliases = in_rooms(
         "landscape": ("Direction",),
         "interop.weights": ("Source", "Publisher", "Vocabulary"),
         "interop.kernels": ("FirstConv", "Inflate"),
-    }
-)
+    }.items()
+    for name in names
+}
 
-# Names that docstrings use, with their places; families of layers do not know where they were made.
-PLACES = {name: f"{getattr(getattr(resblocks, name), '__module__', '')}.{name}" for name in resblocks.__all__}
-PLACES |= in_rooms(
-    {
-        "layers": ("instance_norm", "weight_standardised", "average_downsample", "blur_downsample"),
-        "attention": ("cbam",),
-        "joins": ("gated",),
-        "options": ("Layers", "BlockLayers"),
-    }
-)
+# What the reference has an entry for: by its path, and by its name where users import it from `resblocks` itself.
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("api/*.md")}
+ENTRIES = {
+    f"resblocks.{room}.{name}": name
+    for room, page in PAGES.items()
+    for name in re.findall(r"^\.\. (?:auto\w+|py:\w+):: (\w+)$", page, re.MULTILINE)
+}
+OF_THE_PACKAGE = {name: path for path, name in ENTRIES.items() if name in resblocks.__all__}
 
 
 def link_names(app, what, name, obj, options, lines):
-    """`Residual` in a docstring leads to it, and so do `resblocks.Residual` and `resblocks.residual.Residual`."""
-    for number, line in enumerate(lines):
-        lines[number] = re.sub(r"(?<![`:])`((resblocks\.(?!_))?([\w.]+)(?:\(\))?)`(?!`)", as_link, line)
+    """`Residual` in a docstring leads to its entry; so do `resblocks.Residual` and `resblocks.residual.Residual`."""
+    room = ".".join(name.split(".")[:2])
+    called = obj.__init__ if inspect.isclass(obj) else obj
+    own = inspect.signature(called).parameters if inspect.isfunction(called) else ()
 
+    def linked(found):
+        text, word = found.groups()
+        path = OF_THE_PACKAGE.get(word.removeprefix("resblocks."), word if word.startswith("resblocks.") else None)
+        path = f"{room}.{word}" if f"{room}.{word}" in ENTRIES else path
+        return found[0] if path is None or word in own or "._" in word else f":py:obj:`{text} <{path}>`"
 
-def as_link(found):
-    text, prefix, name = found.groups()
-    if name in PLACES:
-        return f":py:obj:`{text} <{PLACES[name]}>`"
-    return f":py:obj:`{text}`" if prefix else found[0]
+    lines[:] = [re.sub(r"(?<![`:])`(([\w.]+)(?:\(\))?)`(?!`)", linked, line) for line in lines]
 
 
 def readable(app, what, name, obj, options, signature, returns):
-    """Aliases inside other types by their names, and no defaults that the domain cannot read."""
+    """Aliases inside other types by their names, no defaults that the domain cannot read, no `nn.Module.__init__`."""
     alias = re.compile(r"TypeAliasForwardRef\('([\w.]+)'\)")
     signature, returns = (text and alias.sub(r"~\1", text) for text in (signature, returns))
+    if what == "class" and obj.__init__ is nn.Module.__init__:
+        signature = "()"
     return signature and signature.replace("<factory>", "..."), returns
 
 

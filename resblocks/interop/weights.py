@@ -98,7 +98,7 @@ def load(
             attention for instance; the rest of it stays as it is, and everything that was not copied is named.
 
     Returns:
-        What was not copied as it stands or may mean something else here, a sentence each: empty if there is nothing of
+        What was not copied as it stands or may mean something else here, a sentence each; empty if there is nothing of
         the kind. Averaged weights of a training checkpoint, under "state_dict_ema" or "model_ema", are named but not
         taken.
 
