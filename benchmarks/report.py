@@ -15,6 +15,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from performance_tables import markdown, read
 
 from resblocks import DenseNet, ResNet, interop
 from resblocks.training import RECIPES, Recipe
-from resblocks.training.__main__ import CHOICES, RECIPE_HELP
+from resblocks.training.__main__ import CHOICES
 from resblocks.training.result import title
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,10 +176,10 @@ def recipes_table() -> str:
 def recipe_values_table() -> str:
     """What each value of a recipe says, as the command line has it."""
     rows = []
-    for option, value in Recipe().as_dict().items():
-        if option != "name":
-            of = f"; one of {', '.join(CHOICES[option])}" if option in CHOICES else ""
-            rows.append([f"`{option}`", f"`{value!r}`", f"{RECIPE_HELP[option]}{of}"])
+    for entry in fields(Recipe):
+        if entry.name != "name":
+            of = f"; one of {', '.join(CHOICES[entry.name])}" if entry.name in CHOICES else ""
+            rows.append([f"`{entry.name}`", f"`{entry.default!r}`", f"{entry.metadata['help']}{of}"])
     return markdown(["value", "default", "what it says"], rows, "lll")
 
 

@@ -1,5 +1,6 @@
 import inspect
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from torch import nn
@@ -77,6 +78,14 @@ def link_names(app, what, name, obj, options, lines):
     lines[:] = [re.sub(r"(?<![`:])`(([\w.]+)(?:\(\))?)`(?!`)", linked, line) for line in lines]
 
 
+def say_fields(app, what, name, obj, options, lines):
+    """What the fields of a dataclass say of themselves, as its parameters."""
+    entries = fields(obj) if is_dataclass(obj) else ()
+    said = [f":param {entry.name}: {entry.metadata['help']}" for entry in entries if "help" in entry.metadata]
+    at = next((number for number, line in enumerate(lines) if line.startswith(":raises")), len(lines))
+    lines[at:at] = said
+
+
 def readable(app, what, name, obj, options, signature, returns):
     """Aliases inside other types by their names, no defaults that the domain cannot read, no `nn.Module.__init__`."""
     alias = re.compile(r"TypeAliasForwardRef\('([\w.]+)'\)")
@@ -88,4 +97,5 @@ def readable(app, what, name, obj, options, signature, returns):
 
 def setup(app):
     app.connect("autodoc-process-signature", readable)
-    app.connect("autodoc-process-docstring", link_names, priority=1000)  # when napoleon has read the sections
+    for process in (say_fields, link_names):
+        app.connect("autodoc-process-docstring", process, priority=1000)  # when napoleon has read the sections

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,62 +14,44 @@ from resblocks.training.device import COMPILE_MODES, PRECISIONS
 from resblocks.training.experiment import run_experiment
 from resblocks.training.program import run_as_program
 from resblocks.training.ranks import Ranks
-from resblocks.training.recipe import RECIPES, SCHEDULES, Recipe, get_recipe
+from resblocks.training.recipe import RECIPES, SCHEDULES, Recipe, get_recipe, option
 
 
 @dataclass
 class Config:
     """What to run; how to train it is the recipe's."""
 
-    models: list[str] = field(default_factory=lambda: ["resnet18"])
-    dataset: str = "cifar10"
-    data_dir: Path = Path("data")
-    validation: int = 0
-    recipe: str = "auto"
-    out: Path = Path("runs/training")
-    seed: list[int] = field(default_factory=lambda: [0])
-    device: str = "auto"
-    precision: str = "auto"
-    compile: bool = False
-    compile_mode: str = "default"
-    graph: bool = False
-    channels_last: bool = True
-    small_maps: bool = False
-    deterministic: bool = False
-    gradients: bool = True
-    checkpoint_steps: int = 0
-    checkpoint_seconds: float = 300.0
-    timeout_seconds: float = 600.0
-    tensorboard: bool = False
-    progress: bool = True
-    svg: bool = False
+    models: list[str] = option(
+        ["resnet18"],
+        "names of resblocks.list_models(); append _torchinit for convolutions as torch draws them, then _noskip "
+        "for the net without skips, _bn for the baseline with batch norm; images of at most 64 pixels get the CIFAR "
+        "stem",
+    )
+    dataset: str = option("cifar10", "data set; folder is any tree train/<class>/, test/<class>/")
+    data_dir: Path = option(Path("data"), "archive or folder of the images")
+    validation: int = option(0, "number of training images to hold out and evaluate on, for selection; 0: the test set")
+    recipe: str = option("auto", "see the list below; auto: digits for the digits, else paper")
+    out: Path = option(Path("runs/training"), "folder of checkpoints, results and figures")
+    seed: list[int] = option(
+        [0], "of weights, order, augmentation and dropout; each of several trains every net, and the table has means"
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    precision: str = option("auto", "auto: bfloat16 where the hardware has it")
+    compile: bool = option(False, "torch.compile the nets")
+    compile_mode: str = option("default", "with --compile: reduce-overhead replays forward and backward as CUDA graphs")
+    graph: bool = option(False, "replay each step as one CUDA graph, on one GPU")
+    channels_last: bool = option(True, "memory format of weights and images")
+    small_maps: bool = option(False, "run 3x3 convolutions with small output maps as matrix products, on the CPU")
+    deterministic: bool = option(False, "deterministic convolutions on CUDA, slower")
+    gradients: bool = option(True, "record the gradient by layer after each epoch")
+    checkpoint_steps: int = option(0, "steps between further checkpoints; 0: only by time and epoch")
+    checkpoint_seconds: float = option(300.0, "longest time between two checkpoints")
+    timeout_seconds: float = option(600.0, "longest silence of another process before the run gives up")
+    tensorboard: bool = option(False, "also write TensorBoard logs")
+    progress: bool = option(True, "a progress bar on a terminal, plain lines elsewhere")
+    svg: bool = option(False, "also save the figures as SVG")
 
 
-HELP = {
-    "models": "names of resblocks.list_models(); append _torchinit for convolutions as torch draws them, then _noskip "
-    "for the net without skips, _bn for the baseline with batch norm; images of at most 64 pixels get the CIFAR stem",
-    "dataset": "data set; folder is any tree train/<class>/, test/<class>/",
-    "data_dir": "archive or folder of the images",
-    "validation": "number of training images to hold out and evaluate on, for selection; 0: the test set",
-    "recipe": "see the list below; auto: digits for the digits, else paper",
-    "out": "folder of checkpoints, results and figures",
-    "seed": "of weights, order, augmentation and dropout; each of several trains every net, and the table has means",
-    "device": "auto, cpu, cuda, cuda:1, ...",
-    "precision": "auto: bfloat16 where the hardware has it",
-    "compile": "torch.compile the nets",
-    "compile_mode": "with --compile: reduce-overhead replays forward and backward as CUDA graphs",
-    "graph": "replay each step as one CUDA graph, on one GPU",
-    "channels_last": "memory format of weights and images",
-    "small_maps": "run 3x3 convolutions with small output maps as matrix products, on the CPU",
-    "deterministic": "deterministic convolutions on CUDA, slower",
-    "gradients": "record the gradient by layer after each epoch",
-    "checkpoint_steps": "steps between further checkpoints; 0: only by time and epoch",
-    "checkpoint_seconds": "longest time between two checkpoints",
-    "timeout_seconds": "longest silence of another process before the run gives up",
-    "tensorboard": "also write TensorBoard logs",
-    "progress": "a progress bar on a terminal, plain lines elsewhere",
-    "svg": "also save the figures as SVG",
-}
 CHOICES = {
     "dataset": list(DATASETS),
     "recipe": ["auto", *RECIPES],
@@ -81,29 +63,6 @@ CHOICES = {
 }
 # What `main` itself uses; the other fields are arguments of `fit`, which raises at one that it does not know.
 OWN = ("models", "dataset", "data_dir", "validation", "recipe", "out", "timeout_seconds", "svg")
-RECIPE_HELP = {
-    "epochs": "passes over the training images",
-    "batch_size": "images in each step, over all processes",
-    "lr": "peak learning rate, for the mean loss",
-    "momentum": "momentum of SGD",
-    "nesterov": "Nesterov's momentum",
-    "weight_decay": "weight decay of every parameter, coupled (L2)",
-    "clip_norm": "clip the norm of the gradient, over all weights, to this; 0: off",
-    "schedule": "course of the learning rate",
-    "warmup": "fraction of the run in which the learning rate rises; triangular: where its peak is",
-    "warmup_start": "learning rate at the first step, as a fraction of --lr",
-    "milestones": "steps: fractions of the run where lr is multiplied by gamma",
-    "gamma": "factor at the milestones",
-    "label_smoothing": "label smoothing of the training loss",
-    "crop": "padding in pixels for the random crop; 0: off",
-    "padding": "what the random crop is padded with",
-    "flip": "mirror each training image left to right with probability 1/2",
-    "alternate_flip": "draw once which images are mirrored, then alternate from epoch to epoch; needs --flip",
-    "cutout": "side in pixels of the square that is masked in each training image; 0: off",
-    "start_scale": "progressive resizing: side of the first training images over the full one, in quarters; 1: off",
-    "full_scale_at": "fraction of the run from which the training images have their full size",
-    "tta": "test-time augmentation",
-}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -120,13 +79,13 @@ def make_parser() -> argparse.ArgumentParser:
     for entry in fields(Config):
         default = getattr(defaults, entry.name)
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        help = f"{HELP[entry.name]} (default: {shown})"
+        help = f"{entry.metadata['help']} (default: {shown})"
         _add(parser, entry.name, types[entry.name], default, help, CHOICES.get(entry.name))
     group = parser.add_argument_group("options of the recipe (default: the recipe's own value)")
     types = typing.get_type_hints(Recipe)
     for entry in fields(Recipe):
         if entry.name != "name":
-            _add(group, entry.name, types[entry.name], None, RECIPE_HELP[entry.name], CHOICES.get(entry.name))
+            _add(group, entry.name, types[entry.name], None, entry.metadata["help"], CHOICES.get(entry.name))
     return parser
 
 

@@ -24,19 +24,26 @@ from .extras import require
 class Dataset:
     """Images and labels, training part and evaluation part, each as one tensor.
 
+    Args:
+        name: what a result on it says, "CIFAR-10 (JPEG q75)" for instance.
+        classes: their names, in the order of the labels.
+        train_images, train_labels: the training part.
+        test_images, test_labels: the evaluation part.
+        split: what the evaluation part is: test or validation.
+
     Shape: images (N, C, H, W) uint8; labels (N,) int64; mean, std (C,) of the training pixels in [0, 1].
 
     Raises:
         ValueError: shapes, labels and classes do not belong together.
     """
 
-    name: str  # what a result on it says, e.g. "CIFAR-10 (JPEG q75)"
+    name: str
     classes: tuple[str, ...]
     train_images: Tensor = field(repr=False)
     train_labels: Tensor = field(repr=False)
     test_images: Tensor = field(repr=False)
     test_labels: Tensor = field(repr=False)
-    split: str = "test"  # what the evaluation part is: test or validation
+    split: str = "test"
 
     def __post_init__(self) -> None:
         if not all(isinstance(name, str) for name in self.classes) or len({*self.classes}) < len(self.classes):

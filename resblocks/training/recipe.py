@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from resblocks.checks import check_flag, check_integer, check_number, check_positive, check_sequence
+
+
+def option(default: Any, help: str) -> Any:
+    """A field with the sentence that the command line and the reference say of it."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,34 +29,40 @@ class Recipe:
     """
 
     name: str = "custom"
-    epochs: int = 10
-    batch_size: int = 500  # over all processes together; the rest of an epoch's images is dropped
-    lr: float = 0.2  # peak
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    clip_norm: float = 0.0  # largest norm of the gradient over all weights, longer ones are cut to it; 0 is off
-    schedule: str = "triangular"  # triangular, steps, cosine, constant
-    warmup: float = 0.2  # fraction of the run; triangular: where the peak is
-    warmup_start: float = 0.2  # fraction of lr at step 0
-    milestones: tuple[float, ...] = ()  # steps: fractions of the run at which lr is multiplied by gamma
-    gamma: float = 0.1
-    label_smoothing: float = 0.0
-    crop: int = 4  # pixels of padding around which a window of the old size is cut; 0 is off
-    padding: str = "reflect"  # reflect, zeros (after normalisation, so the mean colour)
-    flip: bool = True  # left and right, each image with probability 1/2
-    alternate_flip: bool = False  # drawn for the first epoch only, then each image is mirrored in every second epoch
-    cutout: int = 0  # side of a square filled with the mean, fully inside the image; 0 is off
-    start_scale: float = 1.0  # progressive resizing: side of the training images at step 0 over their full side
-    full_scale_at: float = 0.7  # fraction of the run from which they have it; in between it grows by quarters
-    tta: str = "none"  # test-time augmentation: none, flip (logits averaged over the image and its mirror image)
+    epochs: int = option(10, "passes over the training images")
+    batch_size: int = option(500, "images in each step, over all processes; the rest of an epoch's images is dropped")
+    lr: float = option(0.2, "peak learning rate, for the mean loss")
+    momentum: float = option(0.9, "momentum of SGD")
+    nesterov: bool = option(True, "Nesterov's momentum")
+    weight_decay: float = option(5e-4, "weight decay of every parameter, coupled (L2)")
+    clip_norm: float = option(0.0, "clip the norm of the gradient, over all weights, to this; 0: off")
+    schedule: str = option("triangular", "course of the learning rate")
+    warmup: float = option(0.2, "fraction of the run in which the learning rate rises; triangular: where its peak is")
+    warmup_start: float = option(0.2, "learning rate at the first step, as a fraction of lr")
+    milestones: tuple[float, ...] = option((), "steps: fractions of the run where lr is multiplied by gamma")
+    gamma: float = option(0.1, "factor at the milestones")
+    label_smoothing: float = option(0.0, "label smoothing of the training loss")
+    crop: int = option(4, "padding in pixels for the random crop; 0: off")
+    padding: str = option("reflect", "what the random crop is padded with; zeros are the mean colour")
+    flip: bool = option(True, "mirror each training image left to right with probability 1/2")
+    alternate_flip: bool = option(
+        False, "draw once which images are mirrored, then alternate from epoch to epoch; needs flip"
+    )
+    cutout: int = option(
+        0, "side in pixels of the square of mean colour that masks a part of each training image; 0: off"
+    )
+    start_scale: float = option(
+        1.0, "progressive resizing: side of the first training images over the full one, in quarters; 1: off"
+    )
+    full_scale_at: float = option(0.7, "fraction of the run from which the training images have their full size")
+    tta: str = option("none", "test-time augmentation; flip averages the logits over the image and its mirror image")
 
     def __post_init__(self) -> None:
-        check_number(**{option.name: getattr(self, option.name) for option in fields(self) if option.type == "float"})
+        check_number(**{entry.name: getattr(self, entry.name) for entry in fields(self) if entry.type == "float"})
         check_sequence(milestones=self.milestones)
         check_number(**{f"milestones[{index}]": value for index, value in enumerate(self.milestones)})
-        for option in ("name", "schedule", "padding", "tta"):
-            _check(isinstance(getattr(self, option), str), option, getattr(self, option), "a str")
+        for name in ("name", "schedule", "padding", "tta"):
+            _check(isinstance(getattr(self, name), str), name, getattr(self, name), "a str")
         check_flag(nesterov=self.nesterov, flip=self.flip, alternate_flip=self.alternate_flip)
         check_positive(epochs=self.epochs, batch_size=self.batch_size)
         check_integer(0, crop=self.crop, cutout=self.cutout)

@@ -78,17 +78,24 @@ def by_name(results: Sequence[Result]) -> list[list[Result]]:
 class Result:
     """One net, one recipe, one seed. Accuracy is that of the last epoch: the best one would be chosen on the test set.
 
-    `epochs`: per epoch {epoch, step, lr, train_loss, train_accuracy_percent, eval_loss, eval_accuracy_percent,
-    images_per_second, seconds, eval_seconds}. `gradients`: {epoch, layers: [{name, mean_abs, norm}, ...]}, epoch 0 is
-    the net at its initialisation. `model`: what `load_trained` needs beside the weights, {config, classes, shape, mean,
-    std}; runs from before it was written have none. `earlier_environments`: those of the parts before a resume that
-    differ from `environment`, oldest first.
+    Args:
+        name: of the net.
+        params: how many parameters it has.
+        settings: what the numbers depend on; a folder holds one run of one setting.
+        environment: what they were made with: versions, device, command, commit.
+        epochs: for each {epoch, step, lr, train_loss, train_accuracy_percent, eval_loss, eval_accuracy_percent,
+            images_per_second, seconds, eval_seconds}.
+        gradients: for each epoch {epoch, layers: [{name, mean_abs, norm}, ...]}; epoch 0 is the net at its
+            initialisation.
+        model: what `load_trained` needs beside the weights, {config, classes, shape, mean, std}; runs from before it
+            was written have none.
+        earlier_environments: those of the parts before a resume that differ from `environment`, oldest first.
     """
 
     name: str
     params: int
-    settings: dict[str, Any]  # what the numbers depend on; a folder holds one run of one setting
-    environment: dict[str, Any]  # what they were made with: versions, device, command, commit
+    settings: dict[str, Any]
+    environment: dict[str, Any]
     epochs: list[dict[str, Any]] = field(default_factory=list)
     gradients: list[dict[str, Any]] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)
