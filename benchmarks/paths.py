@@ -16,14 +16,11 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from trained import parser_of, result_of, some_images
+from trained import measure_runs, parser_of, some_images
 
 from resblocks.diagnostics import path_gradients
-from resblocks.training import Dataset, build_net, load_dataset, load_trained
-from resblocks.training.environment import environment
-from resblocks.training.files import write_json
+from resblocks.training import Dataset, build_net, load_trained
 from resblocks.training.result import title
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,13 +96,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     options = parser_of(__doc__, RESULTS, FIGURE).parse_args()
     if not options.draw:
-        dataset = load_dataset("cifar10", options.data_dir)
-        found = {"dataset": dataset.name, "environment": environment(torch.device("cpu")), "nets": {}}
-        for folder in options.folders:
-            result = result_of(folder, dataset)
-            found["nets"][result["name"]] = measure(folder, result, dataset)
-            write_json(options.out, found)
-            print(result["name"], flush=True)
+        measure_runs(options, measure)
     draw(json.loads(options.out.read_text(encoding="utf-8")), options.figure)
 
 

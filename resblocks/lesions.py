@@ -20,7 +20,7 @@ from resblocks.measures import norm_of
 from resblocks.residual import Residual, Where, skips_off, some_residuals
 from resblocks.undisturbed import eager, hooked, input_gradient, restored
 
-Part: TypeAlias = Literal["branch", "skip"]
+Part: TypeAlias = Literal["branch", "skip", "block"]
 Evaluate: TypeAlias = Callable[[nn.Module], float]
 
 
@@ -46,19 +46,21 @@ def lesion_study(
 ) -> LesionStudy:
     """Damage one block at a time and measure the net (Veit et al. 2016, section 4.1).
 
-    Blocks whose skip is off have no shortcut that could take the branch's place and are left out.
+    Blocks that have nothing to lose of the kind are left out: for "branch" and "skip" those whose skip is off, for
+    "block" those that change the shape of their input.
 
     Args:
         evaluate: returns the metric of the net that it is given, which is in eval mode, with gradients off.
         part: "branch" puts zeros in the branch's place, which leaves the shortcut, as in the paper (after a `Concat`,
             zeros instead of features; after `Gated` and `WeightedAdd`, the shortcut with its weight); "skip" switches
-            the shortcut off.
+            the shortcut off; "block" hands the block's input on in place of its output, with skips or without, as the
+            paper takes layers out of a VGG net (one evaluation more, which finds the blocks).
         where: which blocks, as in `resblocks.set_skip`; None takes every block.
 
     Raises:
-        ValueError: `part` is neither, no block is left to damage, or a skip cannot be switched.
+        ValueError: `part` is none of these, no block is left to damage, or a skip cannot be switched.
     """
-    blocks = _candidates(net, part, where)
+    blocks = _candidates(net, evaluate, part, where)
     intact = _metric(net, evaluate, [], part)
     metrics = [_metric(net, evaluate, [block], part) for block in blocks.values()]
     lesions = zip(blocks, metrics, strict=True)
@@ -89,7 +91,7 @@ def lesion_curve(
     Raises:
         ValueError: a count above the number of blocks, trials below 1; what `lesion_study` raises.
     """
-    blocks = list(_candidates(net, part, where).values())
+    blocks = list(_candidates(net, evaluate, part, where).values())
     counts = range(len(blocks) + 1) if counts is None else counts
     _check_draws(len(blocks), trials, seed, counts=counts)
     return {
@@ -132,7 +134,7 @@ def path_gradients(
             off from the net's output; no block has a skip that is on; a block inside another one; one that does not run
             once, with a merge of its own.
     """
-    blocks = _candidates(net, "skip", where)
+    blocks = _with_skip(net, where)
     lengths = range(len(blocks) + 1) if lengths is None else lengths
     _check_draws(len(blocks), trials, seed, lengths=lengths)
     for (outer, block), (inner, other) in permutations(blocks.items(), 2):
@@ -179,7 +181,7 @@ def _check_draws(blocks: int, trials: int, seed: int, **arguments: Sequence[int]
     check_integer(0, seed=seed)
     for name, counts in arguments.items():
         if any(type(count) is not int or not 0 <= count <= blocks for count in counts):
-            raise ValueError(f"{name} must be integers from 0 to the {blocks} blocks whose skip is on, got {counts}")
+            raise ValueError(f"{name} must be integers from 0 to {blocks}, the number of blocks, got {counts}")
 
 
 def _draws(blocks: int, count: int, trials: int, seed: int) -> list[tuple[int, ...]]:
@@ -193,9 +195,27 @@ def _draws(blocks: int, count: int, trials: int, seed: int) -> list[tuple[int, .
     return sorted(drawn)
 
 
-def _candidates(net: nn.Module, part: Part, where: Where | None) -> dict[str, Residual]:
+def _candidates(net: nn.Module, evaluate: Evaluate, part: Part, where: Where | None) -> dict[str, Residual]:
     if part not in get_args(Part):
-        raise ValueError(f'part must be "branch" or "skip", got {part!r}')
+        raise ValueError(f"part must be one of {', '.join(get_args(Part))}, got {part!r}")
+    return _that_keep_shape(net, evaluate, where) if part == "block" else _with_skip(net, where)
+
+
+def _that_keep_shape(net: nn.Module, evaluate: Evaluate, where: Where | None) -> dict[str, Residual]:
+    blocks, keeps = some_residuals(net, where), dict[nn.Module, bool]()
+
+    def look(block: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        keeps[block] = keeps.get(block, True) and y.shape == args[0].shape
+
+    with hooked(block.register_forward_hook(look) for block in blocks.values()):
+        _metric(net, evaluate, [], "block")
+    blocks = {name: block for name, block in blocks.items() if keeps.get(block)}
+    if not blocks:
+        raise ValueError("net must have at least one block that keeps the shape of its input, got none")
+    return blocks
+
+
+def _with_skip(net: nn.Module, where: Where | None) -> dict[str, Residual]:
     blocks = {name: block for name, block in some_residuals(net, where).items() if block.skip}
     if not blocks:
         raise ValueError("net must have at least one block whose skip is on, got none")
@@ -211,8 +231,14 @@ def _metric(net: nn.Module, evaluate: Evaluate, damaged: Sequence[Residual], par
 def _damage(net: nn.Module, blocks: Sequence[Residual], part: Part) -> AbstractContextManager[object]:
     if part == "skip" and blocks:
         return skips_off(net, where=lambda name, block: block in blocks)
+    if part == "block":
+        return hooked(block.register_forward_hook(_input) for block in blocks)
     return hooked(block.branch.register_forward_hook(_zeros) for block in blocks)
 
 
 def _zeros(module: nn.Module, args: object, y: Tensor) -> Tensor:
     return torch.zeros_like(y)
+
+
+def _input(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    return args[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from resblocks.diagnostics import (
 )
 from resblocks.lesions import Part
 from resblocks.models import create_model
+from resblocks.nets import ResNet
 from resblocks.residual import Residual, set_skip
 
 TORCHVISION = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "densenet169"]
@@ -464,6 +466,24 @@ def test_lesion_of_the_skip_leaves_the_branch() -> None:
     assert net[1].skip
 
 
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("block", [BasicBlock, PreActBasicBlock, partial(PreActBasicBlock, norm=None)])
+def test_lesion_of_a_block_hands_its_input_on(block: Any, skip: bool) -> None:
+    net, x = ResNet(block, [2, 2], [4, 8], stem="cifar", num_classes=3, skip=skip).eval(), torch.randn(2, 3, 8, 8)
+    study = lesion_study(net, lambda net: net(x).square().sum(), part="block")
+    assert [lesion.name for lesion in study.lesions] == ["stages.0.1", "stages.1.1"]  # stages.0.0 widens the stem's map
+    for stage, lesion in enumerate(study.lesions):
+        without = copy.deepcopy(net)
+        without.stages[stage][1] = nn.Identity()
+        assert lesion.metric == pytest.approx(without(x).square().sum().item(), rel=1e-5)
+        assert abs(lesion.change) > 1e-3
+
+
+def test_lesion_of_blocks_that_all_change_the_shape_raises() -> None:
+    with pytest.raises(ValueError, match="at least one block that keeps the shape of its input, got none"):
+        lesion_study(DenseLayer(4, 6), lambda net: float(net(torch.randn(2, 4, 3, 3)).sum()), part="block")
+
+
 def test_lesion_of_a_dense_layer_gives_zeros_for_its_features() -> None:
     layer, x = DenseLayer(4, 6).eval(), torch.randn(2, 4, 3, 3)
     (lesion,) = lesion_study(layer, lambda net: net(x)[:, 4:].abs().sum()).lesions
@@ -495,14 +515,16 @@ def test_lesion_study_leaves_plain_blocks_out() -> None:
         lesion_study(net, lambda net: 0.0)
 
 
-@pytest.mark.parametrize("part", ["branch", "skip"])
+@pytest.mark.parametrize("part", ["branch", "skip", "block"])
 def test_lesion_curve_damages_so_many_blocks_at_once(part: Part) -> None:
     net = nn.Sequential(*(Residual(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(6)))
     before, seen = state_of(net), []
 
     def damaged(net: nn.Module) -> float:
         seen.append((net.training, torch.is_grad_enabled()))
-        gone = [not child.skip if part == "skip" else len(child.branch._forward_hooks) > 0 for child in net]
+        net(torch.ones(1, 3))
+        hooked = {"branch": lambda block: block.branch._forward_hooks, "block": lambda block: block._forward_hooks}
+        gone = [not child.skip if part == "skip" else len(hooked[part](child)) > 0 for child in net]
         return sum(2.0**index for index, is_gone in enumerate(gone) if is_gone)
 
     curve = lesion_curve(net, damaged, trials=5, part=part)
@@ -534,7 +556,7 @@ def test_lesion_curve_damages_chosen_blocks_only() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"counts": [3]}, "counts must be integers from 0 to the 2 blocks"),
+        ({"counts": [3]}, "counts must be integers from 0 to 2, the number of blocks"),
         ({"trials": 0}, "trials must be an integer of at least 1"),
     ],
 )
@@ -549,7 +571,7 @@ def test_lesion_counts_that_are_no_list_are_named() -> None:
 
 
 def test_lesion_of_an_unknown_part_raises() -> None:
-    with pytest.raises(ValueError, match='part must be "branch" or "skip", got \'act\''):
+    with pytest.raises(ValueError, match="part must be one of branch, skip, block, got 'act'"):
         lesion_study(small_net(), lambda net: 0.0, part="act")
 
 
@@ -768,7 +790,7 @@ def test_path_gradients_of_a_frozen_and_of_a_compiled_net_are_those_of_the_net()
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lengths": [10]}, "lengths must be integers from 0 to the 9 blocks whose skip is on, got"),
+        ({"lengths": [10]}, "lengths must be integers from 0 to 9, the number of blocks, got"),
         ({"trials": 0}, "trials must be an integer of at least 1, got 0"),
         ({"seed": 1.5}, "seed must be an integer of at least 0, got 1.5"),
         ({"x": torch.ones(2, 3, 32, 32, dtype=torch.uint8)}, "x must be of floating point numbers, got torch.uint8"),
