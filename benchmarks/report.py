@@ -242,6 +242,18 @@ def paths_table() -> str:
     return markdown(header, rows, "lrlrrr")
 
 
+def lesions_table() -> str:
+    """Accuracy of trained nets without some of their blocks."""
+    rows = []
+    for name, net in read("lesions")["nets"].items():
+        worst = min(net["single"], key=net["single"].get)
+        means = [list(net["single"].values()), net["several"]["3"], net["several"]["5"]]
+        said = [f"{statistics.fmean(metrics):.1f}" for metrics in means]
+        rows.append([title(name), f"{net['intact']:.1f}", f"{net['single'][worst]:.1f}, `{worst}`", *said])
+    header = ["net", "whole, %", "without the block it needs most", "without 1, mean", "without 3", "without 5"]
+    return markdown(header, rows, "lrrrrr")
+
+
 def shattering_table() -> str:
     """How far images may move until half of the gradient's direction is lost, before and after training."""
     measured, rows = read("shattering"), []
@@ -307,6 +319,7 @@ TABLES = {
     "dense-memory": dense_memory_table,
     "gradients": gradients_table,
     "landscape": landscape_table,
+    "lesions": lesions_table,
     "paths": paths_table,
     "shattering": shattering_table,
     "recipes": recipes_table,

@@ -3,18 +3,18 @@
 A dense block normalises the same feature maps again and again: layer l reads all maps before it through an affine of
 its own, z_l = relu(gamma_l * xhat + beta_l). But xhat = (x - mean) * rstd depends on the batch alone, not on the
 layer. So one buffer of raw maps, which is also the output of the block, and two numbers for each map are all that the
-first norms of all layers need:
+first norms of all layers need::
 
     z_l = relu(scale_l * x + shift_l)    with    scale_l = gamma_l * rstd,    shift_l = beta_l - scale_l * mean
 
 Forward measures a map once, when it is new, and throws z_l away; backward computes it again. With dz_l, the gradient
-at the input of the rectifier (zero where z_l is), backward needs for each map
+at the input of the rectifier (zero where z_l is), backward needs for each map::
 
     dbeta_l = sum dz_l        dgamma_l = sum dz_l * xhat = rstd * (sum dz_l * x - mean * sum dz_l)
 
 and batch norm's own gradient over M values is dx = scale_l * dz_l - gamma_l * rstd / M * (dbeta_l + xhat * dgamma_l).
 This is linear in dz_l, so the gradients of all layers gather in one buffer G, and the correction waits until a map has
-had all its readers. It needs no further pass: its sums are the parameter gradients.
+had all its readers. It needs no further pass: its sums are the parameter gradients::
 
     G = dOut + sum_l scale_l * dz_l        S1 = sum_l gamma_l * dbeta_l        S2 = sum_l gamma_l * dgamma_l
     dx = G - rstd / M * (S1 + xhat * S2)

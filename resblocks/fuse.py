@@ -50,9 +50,9 @@ def fuse(
             there is nothing to lay out.
         batch_size: of the inputs that the layout is for.
 
-    Returns: a net in evaluation mode whose parameters need no gradient. It does not train: what is fused stays in
-        evaluation mode after `train()`. Its state dict does not depend on input_size; copies, pickles and `to` keep the
-        layout.
+    Returns:
+        A net in evaluation mode whose parameters need no gradient. It does not train: what is fused stays in evaluation
+        mode after `train()`. Its state dict does not depend on input_size; copies, pickles and `to` keep the layout.
 
     Shape: that of the net.
 

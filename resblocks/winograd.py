@@ -1,7 +1,7 @@
 """3x3 convolutions with a quarter of the multiplications: Winograd's algorithm (Lavin and Gray 2016, arXiv 1509.09308).
 
 A tile of 4x4 outputs is a polynomial product that 6x6 points decide, so a tile costs 36 multiplications for each pair
-of channels where the definition takes 144. With d the 6x6 inputs of a tile and g the filter
+of channels where the definition takes 144. With d the 6x6 inputs of a tile and g the filter::
 
     y = A^T [(G g G^T) * (B^T d B)] A
 
