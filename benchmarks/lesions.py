@@ -11,6 +11,7 @@ these do, that is the shortcut without the branch. Accuracy is that on some of t
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,7 +39,7 @@ def measure(folder: Path, result: dict[str, Any], dataset: Dataset) -> dict[str,
     net = load_trained(folder).net.to(memory_format=torch.channels_last)
 
     def accuracy(net: nn.Module) -> float:
-        return 100 * float((logits(net, images).argmax(1) == labels).float().mean())
+        return 100 * int((logits(net, images).argmax(1) == labels).sum()) / len(labels)
 
     study = lesion_study(net, accuracy, part="block")
     single = {lesion.name: lesion.metric for lesion in study.lesions}
@@ -60,9 +61,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (one, several) = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
-    colours = dict(zip(dict.fromkeys(map(plain, found["nets"])), ("#0072B2", "#D55E00", "#009E73"), strict=False))
+    depths = dict.fromkeys(map(with_skips, found["nets"]))
+    colours = dict(zip(depths, cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7")), strict=False))
     for name, net in found["nets"].items():
-        look = {"color": colours[plain(name)], "linestyle": "-" if name == plain(name) else "--"}
+        look = {"color": colours[with_skips(name)], "linestyle": "-" if name == with_skips(name) else "--"}
         single, curve = list(net["single"].values()), net["several"]
         depth = [(index + 1) / len(single) for index in range(len(single))]
         one.plot(depth, single, label=title(name), marker="o", markersize=3, **look)
@@ -80,8 +82,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plain(name: str) -> str:
-    """The net's name with skips, which shares its colour."""
+def with_skips(name: str) -> str:
+    """The name of the same net with skips, which shares its colour."""
     return name.removesuffix("_noskip")
 
 
