@@ -7,7 +7,7 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,14 +198,16 @@ def drawn(programme: str) -> list[str]:
     runs = largest(programme)
     if len({run["name"] for run in runs}) < 2:
         return []
-    has_depths = programme.startswith("degradation") and len(compared_depths(runs)) > 1
+    has_depths = programme.startswith("degradation") and len(compared_depths(run["name"] for run in runs)) > 1
     return [name for name in SHOWN if name != "depths" or has_depths]
 
 
-def compared_depths(runs: list[dict[str, Any]]) -> set[int]:
+def compared_depths(names: Iterable[str]) -> set[int]:
     """The depths with runs of both kinds: the curve of one kind alone says nothing."""
-    plain = {depth(run["name"]) for run in runs if run["name"].endswith("_noskip")}
-    return plain & {depth(run["name"]) for run in runs if not run["name"].endswith("_noskip")}
+    kinds: dict[bool, set[int]] = {True: set(), False: set()}
+    for name in names:
+        kinds[name.endswith("_noskip")].add(depth(name))
+    return kinds[True] & kinds[False]
 
 
 def depth(name: str) -> int:
@@ -224,8 +226,8 @@ def draw(programme: str) -> dict[Path, bytes]:
 
 
 def ends(results: list[Result]) -> list[Result]:
-    """Those of the shallowest and of the deepest nets: the curves of all depths in one picture cannot be told apart."""
-    depths = [depth(result.name) for result in results]
+    """Those of the least and the greatest compared depth: the curves of all in one picture cannot be told apart."""
+    depths = compared_depths(result.name for result in results)
     return [result for result in results if depth(result.name) in (min(depths), max(depths))]
 
 

@@ -210,11 +210,11 @@ def test_runs_of_other_data_precision_or_device_are_in_different_tables(
 
 
 def test_depths_are_compared_where_both_kinds_are_there(runs: Any) -> None:
-    names = ("resnet20", "resnet20_noskip", "resnet32", "resnet56_noskip", "resnet110")
-    some = [finished(name, 0, 90.0) for name in names]
-    assert runs.compared_depths(some) == {20}
-    ends = runs.ends([Result(**run) for run in some])
-    assert [result.name for result in ends] == ["resnet20", "resnet20_noskip", "resnet110"]
+    both = ["resnet20", "resnet20_noskip", "resnet44", "resnet44_noskip"]
+    names = [*both, "resnet32", "resnet32_noskip", "resnet56_noskip", "resnet110"]
+    assert runs.compared_depths(names) == {20, 32, 44}
+    ends = runs.ends([Result(**finished(name, 0, 90.0)) for name in names])
+    assert [result.name for result in ends] == both
 
 
 def test_older_run_that_says_less_shares_table_and_figures(runs: Any) -> None:
