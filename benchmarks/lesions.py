@@ -3,7 +3,7 @@
     python benchmarks/lesions.py FOLDER ... --data-dir data/cifar10-jpeg
     python benchmarks/lesions.py --draw    # the figure alone, from the result file
 
-The folders are those of finished runs of `sweep.py`; a net of 20 to 56 layers takes one to five minutes on a core. A
+The folders are those of finished runs of `sweep.py`; a net of 20 to 56 layers takes one to ten minutes on a core. A
 block is taken out by handing its input on, so those that change the shape stay; behind a block that ends in a ReLU, as
 these do, that is the shortcut without the branch. Accuracy is that on some of the test images.
 """
