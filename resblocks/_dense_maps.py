@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from resblocks._products import convolved, multiply, multiply_backward
 from resblocks.dense_plan import geometry
 from resblocks.layers import layout_of, over_positions
 
@@ -145,8 +146,7 @@ def convolve(x: Tensor, affine: Affine, weight: Tensor, conv: Any, out: Tensor) 
     for span in spans_of(x):
         z = activate(x[span], *affine, weight.dtype)
         if product:
-            rows = as_rows(z, x)
-            torch.bmm(rows, weight.flatten(1).mT.expand(len(rows), -1, -1), out=as_rows(out[span], x))
+            multiply(as_rows(z, x), weight.flatten(1), as_rows(out[span], x))
         else:
             out[span] = aten.convolution(z, weight, None, *geometry(conv))
 
@@ -160,16 +160,20 @@ def convolve_backward(
         part = packed(x[span])
         z = activate(part, *affine, weight.dtype)
         if product:
-            dz, rows = torch.empty_like(z), as_rows(dy[span], x)
-            torch.bmm(rows, weight.flatten(1).expand(len(rows), -1, -1), out=as_rows(dz, x))
-            if dweight is not None:
-                dweight.flatten(1).addbmm_(rows.mT, as_rows(z, x))
+            flat = None if dweight is None else dweight.flatten(1)
+            dz = as_maps(multiply_backward(as_rows(dy[span], x), as_rows(z, x), weight.flatten(1), flat), z)
         else:
             wanted = [True, dweight is not None, False]
             dz, more, _ = aten.convolution_backward(dy[span], z, weight, None, *geometry(conv), wanted)
             if dweight is not None:
                 dweight.add_(more)
         yield span, part, dz, z
+
+
+def convolve_with(x: Tensor, conv: Any, weight: Tensor, bias: Tensor) -> Tensor:
+    """conv(x) with another weight and a bias."""
+    rows = convolved(as_rows(x, x), weight.flatten(1), bias) if is_product(conv, x, weight) else None
+    return aten.convolution(x, weight, bias, *geometry(conv)) if rows is None else as_maps(rows, x)
 
 
 def is_product(conv: Any, x: Tensor, weight: Tensor) -> bool:
@@ -182,6 +186,11 @@ def as_rows(x: Tensor, like: Tensor) -> Tensor:
     """View of maps as matrices of positions by channels, one for the whole batch if `like`'s channels are innermost."""
     is_last = layout_of(like) is not torch.contiguous_format
     return x.movedim(1, -1).view(1, -1, x.shape[1]) if is_last else x.view(*x.shape[:2], -1).mT
+
+
+def as_maps(rows: Tensor, like: Tensor) -> Tensor:
+    """View of matrices of positions by channels as the maps that they come from."""
+    return rows.view(len(like), *like.shape[2:], rows.shape[-1]).movedim(-1, 1)
 
 
 def packed(x: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ from resblocks._dense_maps import (
     batch_moments,
     convolve,
     convolve_backward,
+    convolve_with,
     empty_maps,
     rectify,
     spans_of,
@@ -273,7 +274,7 @@ def _evaluate(x: Tensor, plan: Plan) -> Tensor:
             for span in spans_of(buffer[:, old]):
                 y = activate(buffer[span, old], scale, shift, plan.compute)
                 if folded is not None:
-                    y = aten.convolution(y, folded, bias.to(plan.compute), *geometry(first)).relu_()
+                    y = convolve_with(y, first, folded, bias.to(plan.compute)).relu_()
                 buffer[span, new] = aten.convolution(y, last.weight.to(plan.compute), None, *geometry(last))
     return buffer
 

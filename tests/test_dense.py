@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import resblocks.dense
-from resblocks import DenseBlock, DenseNet, Transition, _dense_maps
+from resblocks import DenseBlock, DenseNet, Transition, _dense_maps, _products
 from resblocks.diagnostics import count_macs
 from resblocks.layers import group_norm
 from resblocks.residual import Residual
@@ -101,6 +101,28 @@ def test_channels_last_stays_and_changes_nothing(dims: int, memory: str) -> None
     x = images(dims=dims).to(memory_format=LAST[dims])
     assert block(x).is_contiguous(memory_format=LAST[dims])
     assert_like_plain(block, x)
+
+
+@pytest.mark.parametrize("memory", LEANS)
+@pytest.mark.parametrize("dims", LAST)
+def test_block_is_the_plain_block_where_convolutions_make_the_products(
+    dims: int, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = []
+
+    def line_width(rows: Tensor) -> int:
+        lines.append(rows.shape)
+        return 2 if rows.shape[1] % 2 == 0 else 1
+
+    monkeypatch.setattr(_products, "line_width", line_width)
+    block = make(dims=dims, memory=memory).to(memory_format=LAST[dims])  # type: ignore[call-overload]
+    x = images(dims=dims).to(memory_format=LAST[dims])
+    assert_like_plain(block, x)
+    assert lines, "no layer asked"
+    lines.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(block.eval()(x), twin(block, "plain")(x))
+    assert lines, "evaluation did not ask"
 
 
 @pytest.mark.parametrize("memory", LEANS)
