@@ -106,8 +106,9 @@ PROGRAMMES: dict[str, tuple[Cell, ...]] = {
     "recompressed-cpu": cells(["resnet20"], "r10", seeds=3, dataset="cifar10-recompressed"),
     "degradation-cpu": (*cells(plain_and_residual(20, 56), "r10"), *cells(plain_and_residual(20), "r10", seeds=3)[2:]),
     "degradation-float32-cpu": cells(plain_and_residual(20, 32, 44, 56, 110), "r10"),  # by --precision float32
-    "families-cpu": cells(
-        ["preact_resnet110", "densenet_40_12", "wrn_16_4", "densenet_bc_100_12", "resnext29_32x4d"], "r10"
+    "families-cpu": (
+        *cells(["preact_resnet110", "densenet_40_12", "wrn_16_4", "densenet_bc_100_12", "resnext29_32x4d"], "r10"),
+        *cells(["wrn_16_8"], "r10", epochs=5),
     ),
 }
 
