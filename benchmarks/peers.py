@@ -73,8 +73,14 @@ def check_memory(path: Path, now: dict[str, dict[str, Any]]) -> None:
 
 def conditions(case: dict[str, Any], *names: str) -> str:
     """In words, with which batch, precision and instructions of the processor a case was measured, and the names."""
-    instructions = case["environment"]["device"].split(", ")[1]  # of "cpu (x86_64, AVX2, 2 cores)"
-    return ", ".join([f"batch {case['batch']}", *(str(case[name]) for name in names), case["dtype"], instructions])
+    said = [f"batch {case['batch']}", *(str(case[name]) for name in names), case["dtype"], processor(case)]
+    return ", ".join(said)
+
+
+def processor(case: dict[str, Any]) -> str:
+    """Its instructions, and its name where torch told it: what stands between machine and cores in its device."""
+    device: str = case["environment"]["device"]  # such as "cpu (x86_64, AVX512, AMD EPYC, 2 cores)"
+    return ", ".join(device.split(", ")[1:-1])
 
 
 def same_weights(net: nn.Module, source: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from peers import conditions, verdict
+from peers import conditions, processor, verdict
 from scaling import CHANGED, CURVES, USUAL
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -124,19 +124,19 @@ def in_numbers() -> Table:
     ):
         mine = [case for case in answers if case["dtype"] == dtype]
         rows.append([said, "", *by_processor(mine, "resblocks fused, prepacked", baseline)])
-    return ["what", "peak of memory", *(f"time, {name}" for name in PROCESSORS)], rows, "lrrr"
+    return ["what", "peak of memory", *(f"time, {name}" for name in PROCESSORS)], rows, "lr" + "r" * len(PROCESSORS)
 
 
-PROCESSORS = ("AVX512", "AVX2")
+PROCESSORS = ("AVX512, AMD EPYC", "AVX512", "AVX2")
 
 
 def by_processor(found: list[dict[str, Any]], name: str, baseline: str | None = None) -> list[str]:
     """The span of a contestant's median ratios of time on each processor, to a contestant or to the case's baseline."""
     cells = []
-    for processor in PROCESSORS:
+    for kind in PROCESSORS:
         medians = []
         for case in found:
-            if processor not in case["environment"]["device"].split(", ") or name not in case["rows"]:
+            if processor(case) != kind or name not in case["rows"]:
                 continue
             if baseline is None:
                 medians.append(case["rows"][name]["ratio_median"])

@@ -64,8 +64,13 @@ def is_mkl_slow() -> bool:
     libraries: tuple[Any, ...] = torch.backends.mkl, torch.backends.mkldnn
     if not all(library.is_available() for library in libraries):
         return False
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # not in torch 2.11
-    return "AMD" in known.get("cpu_name", "")
+    return "AMD" in processor_name()
+
+
+def processor_name() -> str:
+    """As torch tells it, such as "AMD EPYC"; empty where it does not, as torch 2.11."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return str(known.get("cpu_name", ""))
 
 
 def _as_maps(rows: Tensor, width: int) -> Tensor:

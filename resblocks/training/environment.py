@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from resblocks._products import processor_name
+
 
 def environment(device: torch.device, ranks: int = 1, **more: Any) -> dict[str, Any]:
     """Plain data to be kept beside a result, with what else the caller wants to be said."""
@@ -66,4 +68,6 @@ def _without_folders(argument: str) -> str:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
+    name = processor_name().replace(",", "")
+    said = [platform.machine(), torch.backends.cpu.get_cpu_capability(), *([name] if name else [])]
+    return f"{device.type} ({', '.join(said)}, {os.cpu_count()} cores)"
