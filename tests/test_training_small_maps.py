@@ -15,6 +15,13 @@ from resblocks import create_model
 from resblocks.training import small_maps
 from resblocks.training.small_maps import SmallMapConv2d, _Product, positions, small_map_products
 
+
+@pytest.fixture(autouse=True)
+def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule for float32 is that of processors with a fast MKL, wherever the tests run."""
+    monkeypatch.setattr(small_maps, "is_mkl_slow", lambda: False)
+
+
 CASES = [(4, 1), (8, 2), (7, 2), (2, 1), (1, 1), (5, 2)]  # size of the map, stride
 
 
@@ -79,6 +86,17 @@ def test_everywhere_else_it_is_the_convolution(
     x = torch.randn(1, options["in_channels"], size, size, dtype=dtype)
     assert not uses_product(conv, x), why
     torch.testing.assert_close(conv(x), nn.Conv2d.forward(conv, x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("size", "stride", "uses"), [(4, 1, False), (2, 1, False), (1, 1, True), (2, 2, True)])
+def test_float32_is_convolved_where_products_are_slow(
+    size: int, stride: int, uses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_maps, "is_mkl_slow", lambda: True)
+    conv = SmallMapConv2d(256, 256, 3, stride, padding=1, bias=False)
+    x = torch.randn(2, 256, size, size)
+    assert uses_product(conv, x) is uses
+    assert uses_product(conv.double(), x.double())
 
 
 BF16 = torch.bfloat16

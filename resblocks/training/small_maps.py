@@ -3,7 +3,7 @@
 A map of 4x4 positions leaves a convolution little to slide over. The product of the windows with the kernel,
 `(N * H * W, 9 * C) @ (9 * C, D)`, is the same sum and runs at the speed of a matrix product. Which passes it pays for
 was measured (`benchmarks/train_step.py --only small_maps`; docs/performance.md): the gradient of the weight; all three
-in bfloat16 on a processor with matrix tiles.
+in bfloat16 on a processor with matrix tiles; in float32 on one of AMD hardly any, since products are MKL's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from resblocks._products import is_mkl_slow
 from resblocks.layers import layout_of
 from resblocks.watched import is_traced
 
@@ -57,7 +58,9 @@ class SmallMapConv2d(nn.Conv2d):
 
     def _gains(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether the product of the weight's gradient alone does."""
-        return dtype != torch.bfloat16 or self.stride[0] > 1 or positions(x, 1) <= POSITIONS_BFLOAT16
+        if dtype == torch.bfloat16:
+            return self.stride[0] > 1 or positions(x, 1) <= POSITIONS_BFLOAT16
+        return dtype != torch.float32 or not is_mkl_slow() or positions(x, self.stride[0]) == 1
 
 
 def dtype_of_product(x: Tensor, weight: Tensor) -> torch.dtype | None:
