@@ -54,8 +54,8 @@ def line_width(rows: Tensor) -> int:
     fits = rows.device.type == "cpu" and rows.dtype == torch.float32 and len(rows) == 1 and rows.stride(-1) == 1
     if not (fits and is_mkl_slow()):
         return 0
-    widths = range(NARROWEST, min(WIDEST, rows.shape[1] // LINES) + 1)
-    return max((width for width in widths if rows.shape[1] % width == 0), default=0)
+    widest_first = range(min(WIDEST, rows.shape[1] // LINES), NARROWEST - 1, -1)
+    return next((width for width in widest_first if rows.shape[1] % width == 0), 0)
 
 
 @cache
