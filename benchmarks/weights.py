@@ -30,7 +30,7 @@ def measure(folder: Path, result: dict[str, Any], dataset: Dataset) -> dict[str,
 
 def norms(net: nn.Module) -> dict[str, float]:
     """Of the weights of convolutions and linear layers, by name."""
-    return {name: float(weight.norm()) for name, weight in net.named_parameters() if weight.dim() > 1}
+    return {name: float(weight.detach().norm()) for name, weight in net.named_parameters() if weight.dim() > 1}
 
 
 def main() -> None:
