@@ -2,6 +2,7 @@
 
     python benchmarks/dense_memory.py            # gates, memory, depth and time, about 25 minutes on a core
     python benchmarks/dense_memory.py --only time --dtype bfloat16   # under autocast, where the processor has bfloat16
+    python benchmarks/dense_memory.py --only products   # seconds: 1x1 convolutions of dense blocks by MKL and by oneDNN
     python benchmarks/dense_memory.py --check    # a minute: counts the memory again, fails where it has changed
 
 Memory is counted operator by operator (`live_bytes.py`) over one forward and backward, without parameters and input:
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from live_bytes import check_the_counter, peak_of_step
@@ -29,7 +31,7 @@ from torch.profiler import profile
 from torchvision.models import DenseNet as TorchvisionDenseNet
 from turns import against, take_turns
 
-from resblocks import DenseNet, interop
+from resblocks import DenseNet, _products, interop
 from resblocks._dense_maps import CPU_CHUNK
 from resblocks.models import cifar_densenet
 from resblocks.training.files import write_json
@@ -41,6 +43,7 @@ BASELINE = "torchvision"
 OURS = ("shared", "lean")
 CONTESTANTS = ("torchvision", "torchvision memory_efficient", "timm", "timm memory_efficient", *OURS)
 TIMED = ("torchvision", "torchvision memory_efficient", *OURS)
+CHUNKS = ((3072, 168, 48), (1664, 312, 48), (1568, 256, 128))  # positions, channels in and out, as in these nets
 DEPTHS = (28, 52, 100, 196, 292, 388)
 MIB = 2**20
 
@@ -185,6 +188,29 @@ def step(net: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
     loss.backward()
 
 
+def products(repeats: int) -> list[dict[str, Any]]:
+    """Seconds of 1x1 convolutions of chunks in float32, forward and backward: MKL's products and oneDNN's convolutions.
+
+    That is what decides between the two in `resblocks._products`.
+    """
+    return [product(*chunk, repeats) for chunk in CHUNKS]
+
+
+def product(positions: int, channels: int, out_channels: int, repeats: int) -> dict[str, Any]:
+    rows, weight = torch.randn(1, positions, channels), torch.randn(out_channels, channels)
+    out, dweight = torch.randn(1, positions, out_channels), torch.zeros_like(weight)
+
+    def run(convolves: bool) -> None:
+        with mock.patch.object(_products, "is_mkl_slow", return_value=convolves):
+            for _ in range(20):
+                _products.multiply(rows, weight, out)
+                _products.multiply_backward(out, rows, weight, dweight)
+
+    seconds = take_turns({"product": partial(run, False), "convolution": partial(run, True)}, repeats)
+    said = {"positions": positions, "channels": [channels, out_channels], "calls": 20}
+    return {**said, "rows": against(seconds, "product"), "environment": made_with()}
+
+
 # --- the figure
 
 
@@ -235,7 +261,7 @@ def draw(depths: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare the memory figures with the file's")
-    parser.add_argument("--only", choices=["gates", "memory", "depth", "time"], action="append")
+    parser.add_argument("--only", choices=["gates", "memory", "depth", "products", "time"], action="append")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the times")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -249,11 +275,12 @@ def main() -> None:
         "gates": lambda: {"gates": gates(with_same_weights(small, CONTESTANTS), 8, 32)},
         "memory": lambda: {"memory": memory(), "memory_on_the_cpu": memory_on_the_cpu()},
         "depth": lambda: {"depth": depth_curve()},
+        "products": lambda: {"products": merged(result.get("products", []), products(args.repeats))},
         "time": lambda: {"time": merged(result.get("time", []), timings(dtype, args.repeats))},
     }
     result = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     for part in args.only or parts:
-        if part != "time":  # whose cases say it themselves
+        if part not in ("products", "time"):  # whose cases say it themselves
             result.setdefault("environment", {})[part] = made_with()
         result |= parts[part]()
         write_json(args.out, result)
