@@ -241,9 +241,9 @@ def all_memory() -> dict[str, Any]:
 # --- time
 
 
-def times(name: str, rounds: int, dtype: torch.dtype, compiled: bool) -> dict[str, Any]:
+def times(name: str, batch: int | None, rounds: int, dtype: torch.dtype, compiled: bool) -> dict[str, Any]:
     """Seconds of one forward and backward, contestants taking turns, and the ratio to the baseline's of that round."""
-    case = CASES[name]
+    case = CASES[name]._replace(timed_batch=batch or CASES[name].timed_batch)
     nets = build(name, contestants(name))
     if compiled:
         nets["torchvision compiled"] = copy.deepcopy(nets[case.baseline])
@@ -325,6 +325,7 @@ def parse_options() -> argparse.Namespace:
         "--only", choices=["gates", "memory", "time", "small_maps"], action="append", help="may be given several times"
     )
     parser.add_argument("--net", choices=TIMED, action="append", help="time these alone; the others stay in the file")
+    parser.add_argument("--batch", type=int, help="of the times (default: that of the case)")
     parser.add_argument("--rounds", type=int, default=15, help="of the times (default: 15)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the times")
     parser.add_argument("--compile", action="store_true", help="time torch.compile, too")
@@ -343,7 +344,7 @@ def main() -> None:
         "gates": lambda: {name: gates(name) for name in CASES},
         "memory": all_memory,
         **{
-            f"time {name}": lambda name=name: [times(name, options.rounds, dtype, options.compile)]
+            f"time {name}": lambda name=name: [times(name, options.batch, options.rounds, dtype, options.compile)]
             for name in options.net or TIMED
         },
         "small_maps": lambda: convolutions(options.rounds, dtype),

@@ -59,15 +59,18 @@ def line_width(rows: Tensor) -> int:
     return next((width for width in widest_first if rows.shape[1] % width == 0), 0)
 
 
-@cache
 def is_mkl_slow() -> bool:
     """Whether this is a processor to which MKL denies its fastest instructions."""
     libraries: tuple[Any, ...] = torch.backends.mkl, torch.backends.mkldnn
-    if not all(library.is_available() for library in libraries):
-        return False
+    return all(library.is_available() for library in libraries) and is_amd()
+
+
+def is_amd() -> bool:
+    """Whether this is a processor of AMD, as far as torch tells."""
     return "AMD" in processor_name()
 
 
+@cache
 def processor_name() -> str:
     """As torch tells it, such as "AMD EPYC"; empty where it does not, as torch 2.11."""
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from resblocks._products import convolved, is_mkl_slow, line_width, multiply, multiply_backward
+from resblocks._products import convolved, is_mkl_slow, line_width, multiply, multiply_backward, processor_name
 
 
 @pytest.fixture(autouse=True)
 def fresh_knowledge() -> Iterator[None]:
     """What is known of the processor is not kept from one test to the next."""
-    is_mkl_slow.cache_clear()
+    processor_name.cache_clear()
     yield
-    is_mkl_slow.cache_clear()
+    processor_name.cache_clear()
 
 
 def on(name: str, monkeypatch: pytest.MonkeyPatch, mkl: bool = True) -> None:
@@ -90,6 +90,6 @@ def test_mkl_is_slow_on_processors_of_amd(name: str, mkl: bool, slow: bool, monk
 def test_processor_that_torch_does_not_tell_is_taken_as_fast_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     on("", monkeypatch)
     assert not is_mkl_slow()
-    is_mkl_slow.cache_clear()
+    processor_name.cache_clear()
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not is_mkl_slow()

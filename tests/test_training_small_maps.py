@@ -18,8 +18,9 @@ from resblocks.training.small_maps import SmallMapConv2d, _Product, positions, s
 
 @pytest.fixture(autouse=True)
 def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rule for float32 is that of processors with a fast MKL, wherever the tests run."""
+    """The rule is that of processors that are not AMD's, wherever the tests run."""
     monkeypatch.setattr(small_maps, "is_mkl_slow", lambda: False)
+    monkeypatch.setattr(small_maps, "is_amd", lambda: False)
 
 
 CASES = [(4, 1), (8, 2), (7, 2), (2, 1), (1, 1), (5, 2)]  # size of the map, stride
@@ -134,6 +135,27 @@ def test_rule_takes_the_weight_gradient_and_all_in_bfloat16_where_the_processor_
         assert uses_product(conv, x) is tiles
         assert uses_product(conv, x[..., :2, :2])
     assert calls == calls_of_convolve
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "stride", "calls_of_convolve"),
+    [(512, 4, 1, 2), (256, 4, 1, 0), (256, 2, 1, 2), (256, 8, 2, 1)],
+)
+def test_rule_takes_all_of_wide_convolutions_in_bfloat16_on_a_processor_of_amd(
+    channels: int, size: int, stride: int, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    convolve = small_maps._convolve
+    monkeypatch.setattr(small_maps, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(small_maps, "has_matrix_tiles", lambda: False)
+    monkeypatch.setattr(small_maps, "is_amd", lambda: True)
+    monkeypatch.setattr(small_maps, "_convolve", lambda *given: calls.append(1) or convolve(*given))
+    conv = SmallMapConv2d(channels, channels, 3, stride, padding=1, bias=False).to(BF16)
+    x = torch.randn(1, channels, size, size, dtype=BF16, requires_grad=True)
+    assert uses_product(conv, x)
+    calls.clear()
+    conv(x).float().sum().backward()
+    assert len(calls) == products  # besides that of the weight's gradient
 
 
 @pytest.mark.parametrize("tiles", [False, True])

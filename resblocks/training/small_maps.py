@@ -3,7 +3,8 @@
 A map of 4x4 positions leaves a convolution little to slide over. The product of the windows with the kernel,
 `(N * H * W, 9 * C) @ (9 * C, D)`, is the same sum and runs at the speed of a matrix product. Which passes it pays for
 was measured (`benchmarks/train_step.py --only small_maps`; docs/performance.md): the gradient of the weight; all three
-in bfloat16 on a processor with matrix tiles; in float32 on one of AMD hardly any, since products are MKL's.
+in bfloat16 on a processor with matrix tiles, and for wide convolutions on one of AMD; in float32 hardly any on the
+latter, since products are MKL's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from resblocks._products import is_mkl_slow
+from resblocks._products import is_amd, is_mkl_slow
 from resblocks.layers import layout_of
 from resblocks.watched import is_traced
 
@@ -28,6 +29,7 @@ aten = torch.ops.aten
 POSITIONS = 16  # of the output map: at 8x8 it is a draw or a loss
 POSITIONS_BFLOAT16 = 4  # without a stride and without matrix tiles: at 4x4 it is a draw or a loss
 CHANNELS = 256  # of input and output: narrow convolutions are too quick to gain
+WIDE = 512  # channels from which on a processor of AMD all passes in bfloat16 gain at 4x4
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -47,7 +49,7 @@ class SmallMapConv2d(nn.Conv2d):
         if is_traced(x) or x.dim() != 4 or not torch.is_grad_enabled() or not self._fits(x):
             return super().forward(x)
         dtype = dtype_of_product(x, self.weight)
-        everything = dtype == torch.bfloat16 and has_matrix_tiles()
+        everything = dtype == torch.bfloat16 and self._gains_throughout(x)
         if dtype is None or not (everything or self._gains(x, dtype)):
             return super().forward(x)
         out: Tensor = _Product.apply(x.to(dtype), self.weight.to(dtype), self.stride[0], everything)
@@ -56,11 +58,19 @@ class SmallMapConv2d(nn.Conv2d):
     def _fits(self, x: Tensor) -> bool:
         return x.device.type == "cpu" and is_eligible(self) and positions(x, self.stride[0]) <= POSITIONS
 
+    def _gains_throughout(self, x: Tensor) -> bool:
+        """Whether products of all passes do, in bfloat16."""
+        wide = min(self.in_channels, self.out_channels) >= WIDE
+        return has_matrix_tiles() or (is_amd() and (wide or self._has_little_to_slide_over(x)))
+
     def _gains(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether the product of the weight's gradient alone does."""
         if dtype == torch.bfloat16:
-            return self.stride[0] > 1 or positions(x, 1) <= POSITIONS_BFLOAT16
+            return is_amd() or self._has_little_to_slide_over(x)
         return dtype != torch.float32 or not is_mkl_slow() or positions(x, self.stride[0]) == 1
+
+    def _has_little_to_slide_over(self, x: Tensor) -> bool:
+        return self.stride[0] > 1 or positions(x, 1) <= POSITIONS_BFLOAT16
 
 
 def dtype_of_product(x: Tensor, weight: Tensor) -> torch.dtype | None:
@@ -126,7 +136,9 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, everything: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.everything = stride, everything
-        return _convolve(x, weight, stride) if everything else functional.conv2d(x, weight, None, stride, 1)
+        if everything:
+            return _convolve(x, rearrange(weight, "d c i j -> (i j c) d"), stride)
+        return functional.conv2d(x, weight, None, stride, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -134,7 +146,7 @@ class _Product(torch.autograd.Function):
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             if ctx.everything and ctx.stride == 1:  # then it is a convolution with the kernel turned round
-                dx = _convolve(grad, rearrange(weight.flip(2, 3), "d c i j -> c d i j"), 1)
+                dx = _convolve(grad, torch.cat(weight.flatten(2).unbind(2)[::-1]), 1)
             else:
                 geometry = [ctx.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1
                 dx = aten.convolution_backward(grad, x, weight, None, *geometry, [True, False, False])[0]
@@ -144,8 +156,9 @@ class _Product(torch.autograd.Function):
         return dx, dweight, None, None
 
 
-def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    product = _windows(x, stride) @ rearrange(weight, "d c i j -> (i j c) d")
+def _convolve(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    """Shape: (N, C, H, W), (9 * C, D) -> (N, D, H / stride, W / stride)."""
+    product = _windows(x, stride) @ kernel
     height = 1 + (x.shape[2] - 1) // stride
     out = rearrange(product, "(n h w) d -> n d h w", n=len(x), h=height)
     return out.contiguous(memory_format=layout_of(x))
