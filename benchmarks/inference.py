@@ -10,7 +10,8 @@ One process, evaluation without gradients, contestants taking turns; every conte
 as it likes them before the clock runs. Time is processor time of one thread; with `--threads 2` and more it is wall
 time. A speed-up is torchvision's time over the contestant's in the same round, torchvision as it stands, in float32 and
 NCHW. It counts only for a contestant whose output is that of torchvision to 1e-5 of its largest value, in bfloat16 to
-5e-2.
+5e-2. With one thread the rate of the fastest convolution is measured, too: what it says of the speed-up that the
+processor has in store stands in the table.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from typing import Any
 
 import torch
 import torchvision
-from peers import data, is_installed, made_with, merged, same_weights, timed_dtype
+from peers import data, is_installed, macs_per_second, made_with, merged, same_weights, timed_dtype
 from torch import Tensor, nn
 from turns import spread, take_turns
 
 from resblocks import create_model, interop
+from resblocks.diagnostics import count_macs
 from resblocks.fuse import fuse
 from resblocks.training.files import write_json
 
@@ -121,7 +123,7 @@ def measure(
         }
         for contestant, spent in seconds.items()
     }
-    return {
+    case = {
         "net": name,
         "batch": batch,
         "size": size,
@@ -130,6 +132,13 @@ def measure(
         "clock": clock.__name__,
         "rows": rows,
     }
+    return case | ({"limit": limit(name, x, dtype)} if threads == 1 else {})
+
+
+def limit(name: str, x: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """What the net multiplies for the batch, and how fast a convolution does here at best."""
+    macs = len(x) * count_macs(create_model(name, device="meta"), x.shape[1:])
+    return {"macs": macs, "macs_per_second": round(macs_per_second(dtype))}
 
 
 def apart(output: Tensor, truth: Tensor) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from resblocks import winograd
+from resblocks.layers import layout_of
 from resblocks.residual import fitting
 from resblocks.watched import is_traced
 
@@ -124,9 +125,19 @@ def _onednn(
     if other is None:
         y: Tensor = operator(x, weight, bias, *moves, "relu" if relu else "none", [], "")
         return y
-    if math.prod(other.shape[2:]) == 1:  # the operator of torch 2.11 fails there
+    if math.prod(other.shape[2:]) == 1 or not adds(x, weight):  # torch 2.11 fails on one position
         return _joined(operator(x, weight, bias, *moves, "none", [], ""), other, relu)
     return fitting(operator.binary(x, other, weight, bias, *moves, "add", 1.0, "relu" if relu else None, [], ""), other)
+
+
+def adds(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's convolution takes an addition in; where it does not, torch 2.14 fails in bfloat16."""
+    return weight.is_mkldnn or any(map(is_channels_last, (x, weight)))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x is laid out so and in no other way, as torch decides it where a size is 1."""
+    return layout_of(x) is torch.channels_last and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _onednn_over(
@@ -146,7 +157,7 @@ def may_write(other: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> b
     stride, padding, dilation, _ = geometry
     moves = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     positions = [(size + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, gap in moves]
-    last = other.is_contiguous(memory_format=torch.channels_last) and x.is_contiguous(memory_format=torch.channels_last)
+    last = is_channels_last(other) and is_channels_last(x)
     fits = list(other.shape) == [len(x), len(weight), *positions] and other.dtype == x.dtype
     return fits and last and math.prod(positions) > 1 and can_write_over(x.dtype)
 
@@ -252,7 +263,8 @@ POINTWISE = Geometry([1, 1], [0, 0], [1, 1], 1)
 def _is_right(device: torch.device, dtype: torch.dtype, operator: Callable[..., Tensor]) -> bool:
     """Whether the operator runs, and gives on small integers, which have no rounding, what the plain ones give."""
     try:
-        x, other = (torch.ones(1, 2, 3, 3, device=device, dtype=dtype) for _ in range(2))
+        ones = torch.ones(1, 2, 3, 3, device=device, dtype=dtype)
+        x, other = (ones.contiguous(memory_format=torch.channels_last) for _ in range(2))
         weight = torch.full((2, 2, 1, 1), -0.25, device=device, dtype=dtype)
         given = (x, weight, torch.zeros(2, device=device, dtype=dtype), other, True, POINTWISE)
         return bool(torch.equal(operator(*given), plain_conv_add_relu(*given)))

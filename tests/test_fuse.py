@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import resblocks as rb
 from resblocks import fused_operators, winograd
@@ -345,16 +346,50 @@ def test_operators_that_are_missing_or_wrong_are_not_used(monkeypatch):
         test.cache_clear()
 
 
+def onednn_computes_in(dtype):
+    """What torch says of it, without our own trials."""
+    return torch.backends.mkldnn.is_available() and (
+        dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")
-def test_one_operator_runs_the_block_where_torch_has_it():
-    if not fused_operators.has_onednn(torch.float32):
-        pytest.skip("this torch has no oneDNN")
-    fast, x = fuse(trained("resnet20")), image(3, 16, batch=1)
-    with torch.profiler.profile() as profile, torch.no_grad():
-        fast(x)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"input_size": (3, 16, 16)}], ids=["fused", "prepacked"])
+def test_one_operator_runs_the_block_where_torch_has_it(dtype, options):
+    if not onednn_computes_in(dtype):
+        pytest.skip("this torch has no oneDNN for it")
+    fast = fuse(trained("resnet20"), dtype=dtype, **options)
+    x = image(3, 16, batch=1).to(dtype).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        fast(x)  # tries the operators, against the plain ones
+        with torch.profiler.profile() as profile:
+            fast(x)
     names = {event.key for event in profile.key_averages()}
     assert any("_convolution_pointwise" in name for name in names)
-    assert not names & {"aten::relu", "aten::batch_norm"}
+    assert not names & {"aten::relu", "aten::relu_", "aten::clamp_min_", "aten::batch_norm", "aten::add"}
+    assert all(weight is not None and weight.is_mkldnn for weight in layouts(fast))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("lay_out", [
+    lambda x: x,
+    lambda x: x.contiguous(memory_format=torch.channels_last),
+    lambda x: x[:, :, :1, :1],
+    lambda x: x[:1].contiguous(memory_format=torch.channels_last).expand(2, -1, -1, -1),
+    lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, :8],
+    lambda x: x[:, :, ::2],
+], ids=["contiguous", "channels_last", "one position", "expanded", "slice", "every second line"])  # fmt: skip
+def test_fused_operator_takes_every_layout(dtype, kernel, lay_out):
+    x, other = (lay_out(torch.randn(2, 8, 6, 6).to(dtype)) for _ in range(2))
+    weight = torch.randn(8, 8, kernel, kernel).to(dtype)
+    geometry = fused_operators.Geometry([1, 1], [kernel // 2] * 2, [1, 1], 1)
+    given = (x, weight, torch.randn(8).to(dtype), other, True, geometry)
+    truth = fused_operators.plain_conv_add_relu(*[part.double() if torch.is_tensor(part) else part for part in given])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    with torch.no_grad():
+        assert relative_error(fused_operators.conv_add_relu(*given).double(), truth) < tolerance
 
 
 @pytest.fixture
@@ -752,7 +787,7 @@ def test_benchmark_keeps_one_case_of_a_setting(benchmark, tmp_path):
 def test_net_that_was_pruned_and_has_run_is_fused():
     net = rb.create_model("resnet20").eval()
     for layer in [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]:
-        torch.nn.utils.prune.random_unstructured(layer, "weight", amount=0.5)
+        prune.random_unstructured(layer, "weight", amount=0.5)
     x = torch.randn(2, 3, 32, 32)
     expected = net(x)
     torch.testing.assert_close(fuse(net)(x), expected, rtol=1e-4, atol=1e-5)
