@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from resblocks import winograd
+from resblocks.chain import run_layers
 from resblocks.fused_operators import (
     Geometry,
     Packed,
@@ -216,7 +217,7 @@ class FusedDenseBlock(nn.Sequential):
             read = maps[:, :stop]
             if not isinstance(next(layer.children()), Clamp):  # which reads the slice as it lies
                 read = read.contiguous(memory_format=memory_format)
-            maps[:, stop : stop + growth] = layer(read)
+            maps[:, stop : stop + growth] = run_layers(layer, read)
             stop += growth
         return maps
 
