@@ -138,7 +138,7 @@ def test_rule_takes_the_weight_gradient_and_all_in_bfloat16_where_the_processor_
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "stride", "calls_of_convolve"),
+    ("channels", "size", "stride", "products"),
     [(512, 4, 1, 2), (256, 4, 1, 0), (256, 2, 1, 2), (256, 8, 2, 1)],
 )
 def test_rule_takes_all_of_wide_convolutions_in_bfloat16_on_a_processor_of_amd(
