@@ -157,8 +157,21 @@ def inference() -> Table:
     header, rows, align = turns(found, "speedup")
     for row, case in zip(rows, found, strict=True):
         wrong = "".join(f", wrong: {name}" for name, of in case["rows"].items() if not of["right"])
-        row += [in_store(case), f"{max(of['error'] for of in case['rows'].values()):.0e}{wrong}"]
-    return [*header, "all at the fastest rate", "largest error"], rows, align + "rr"
+        row += [
+            in_store(case),
+            *(ready(case, name) for name in READY),
+            f"{max(of['error'] for of in case['rows'].values()):.0e}{wrong}",
+        ]
+    prepared = [f"{name}: ready after, s" for name in READY]
+    return [*header, "all at the fastest rate", *prepared, "largest error"], rows, align + "rrrr"
+
+
+READY = ("torchvision compiled, frozen", "resblocks fused, prepacked")
+
+
+def ready(case: dict[str, Any], name: str) -> str:
+    """Seconds until the contestant's first answer, where it took part."""
+    return str(case["rows"].get(name, {}).get("ready_seconds", ""))
 
 
 def in_store(case: dict[str, Any]) -> str:
