@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from resblocks.blocks import DenseBlock, Transition
 from resblocks.checks import check_input_size, check_positive, explained
 from resblocks.dense_plan import dense_branch, pool_commutes, window
-from resblocks.fused import Affine, Clamp, FusedConv, FusedDenseBlock, FusedResidual, FusedStage
+from resblocks.fused import Affine, AffineReLU, Clamp, FusedConv, FusedDenseBlock, FusedResidual, FusedStage
 from resblocks.joins import DropPath, ZeroInit
 from resblocks.layers import FrozenBatchNorm, avg_pool, batch_norm, convolution, running_affine, weight_standardised
 from resblocks.residual import PASSES_ON, Add, Residual, keeps_forward
@@ -98,7 +98,7 @@ def replace_norms(net: nn.Module) -> None:
     """Put an `Affine` in the place of each norm of kept statistics that is left."""
     for parent in list(net.modules()):
         for name, norm in parent._modules.items():
-            if norm is not None and not is_watched(norm) and keeps_statistics(norm) and is_exact(norm):
+            if norm is not None and may_be_affine(norm):
                 setattr(parent, name, Affine(norm))
 
 
@@ -168,7 +168,7 @@ class Fuser:
     def sequence(self, layers: nn.Sequential) -> nn.Sequential:
         """Convolutions with the norms and ReLUs around them taken in, under the names of the convolutions."""
         fused = fused_sequence(layers)
-        fused = clamped_sequence(fused) if self.clamps else fused
+        fused = rectified_sequence(clamped_sequence(fused) if self.clamps else fused)
         in_stage = any(type(layer) is FusedResidual for layer in fused)
         return FusedStage(OrderedDict(fused._modules)) if in_stage else fused
 
@@ -231,6 +231,23 @@ def clamped_sequence(sequence: nn.Sequential) -> nn.Sequential:
         elif at not in taken:
             fused.add_module(name, layers[at])
     return fused
+
+
+def rectified_sequence(sequence: nn.Sequential) -> nn.Sequential:
+    """The same with an `AffineReLU` for each norm and ReLU that are left."""
+    fused, last = nn.Sequential(), None
+    for name, layer in sequence._modules.items():
+        if type(layer) is nn.ReLU and not is_watched(layer) and last is not None and may_be_affine(last):
+            fused[-1], last = AffineReLU(last), None
+        else:
+            fused.add_module(name, layer)
+            last = layer
+    return fused
+
+
+def may_be_affine(norm: nn.Module) -> bool:
+    """Whether scale and shift can stand for it, and nobody looks on."""
+    return not is_watched(norm) and keeps_statistics(norm) and is_exact(norm)
 
 
 def reader_of(layers: list[nn.Module]) -> FusedConv | None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from resblocks import winograd
-from resblocks.chain import run_layers
 from resblocks.fused_operators import (
     Geometry,
     Packed,
     Source,
+    affine_relu,
     conv_add_relu,
     fits_winograd,
     packed_weight,
@@ -26,7 +26,8 @@ from resblocks.fused_operators import (
 from resblocks.layers import WeightStandardised, layout_of, over_positions, running_affine
 from resblocks.watched import is_watched
 
-torch.fx.wrap("conv_add_relu")
+for operator in ("conv_add_relu", "affine_relu"):
+    torch.fx.wrap(operator)
 
 
 class Frozen(nn.Module):
@@ -217,7 +218,7 @@ class FusedDenseBlock(nn.Sequential):
             read = maps[:, :stop]
             if not isinstance(next(layer.children()), Clamp):  # which reads the slice as it lies
                 read = read.contiguous(memory_format=memory_format)
-            maps[:, stop : stop + growth] = run_layers(layer, read)
+            maps[:, stop : stop + growth] = layer(read)
             stop += growth
         return maps
 
@@ -271,6 +272,16 @@ class Affine(Frozen):
 
     def extra_repr(self) -> str:
         return str(self.scale.numel())
+
+
+class AffineReLU(Affine):
+    """Such a norm with the ReLU behind it.
+
+    Shape: (N, channels, ...) -> same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return affine_relu(x, self.scale, self.shift)
 
 
 def folded(conv: _ConvNd, norm: Any) -> tuple[Tensor, Tensor | None]:

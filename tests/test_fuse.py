@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 import resblocks as rb
 from resblocks import fused_operators, winograd
 from resblocks.fuse import FusedConv, FusedDenseBlock, FusedResidual, fuse
-from resblocks.fused import Affine, Clamp
+from resblocks.fused import Affine, AffineReLU, Clamp
 from tests.blocks import count, image, trains_every_parameter
 
 NETS = {
@@ -687,7 +687,7 @@ def test_dense_blocks_write_into_one_buffer():
     fast, x = fuse(trained("densenet_bc_100_12")), image(3, 16, batch=2)
     assert count(fast, FusedDenseBlock) == 3
     assert count(fast, Clamp) == 48 + 2  # before each 1x1 convolution, of layers and transitions
-    assert (count(fast, Affine), count(fast, nn.BatchNorm2d)) == (1, 0)  # the last, before the pool
+    assert (count(fast, AffineReLU), count(fast, nn.BatchNorm2d)) == (1, 0)  # the last, before the pool
     with torch.profiler.profile() as profile, torch.no_grad():
         fast(x)
     assert "aten::cat" not in {event.key for event in profile.key_averages()}
@@ -699,10 +699,30 @@ def test_no_batch_norm_is_left_that_a_quantiser_could_fold_wrongly(block, dims):
     net = scattered(rb.ResNet(block, (1, 1), (8, 16), stem="cifar", stem_width=8, num_classes=3, dims=dims).eval())
     fast, x = fuse(net), image(3, 8, dims, batch=2)
     assert not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in fast.modules())
-    assert count(fast, Affine) > 0
+    assert count(fast, AffineReLU) > 0
     with torch.no_grad():
         assert relative_error(fast(x), net(x)) < 1e-5
         assert relative_error(torch.export.export(fast, (x,)).module()(x), net(x)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [4, 96])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [slice(0, 16), slice(4, 12)], ids=["whole", "slice"])
+def test_norm_and_relu_are_one_operator_on_large_maps(dtype, size, last, channels):
+    norm = scattered(nn.BatchNorm2d(channels.stop - channels.start)).eval()
+    fast = fuse(nn.Sequential(norm, nn.ReLU()), dtype=dtype)
+    x = torch.randn(1, 16, size, size, dtype=dtype)
+    x = (x.contiguous(memory_format=torch.channels_last) if last else x)[:, channels]
+    with torch.no_grad():
+        fast(x)  # tries the operators
+        with torch.profiler.profile() as profile:
+            y = fast(x)
+        assert relative_error(y.double(), norm(x.float()).relu().double()) < (1e-6 if dtype == torch.float32 else 0.02)
+    names = {event.key for event in profile.key_averages()}
+    one = last and size == 96 and channels.start == 0 and onednn_computes_in(dtype)
+    assert ("mkldnn::_convolution_pointwise" in names) is one
+    assert ("aten::mul" in names) is not one
 
 
 def test_norm_whose_digits_would_cancel_is_not_taken_apart():
