@@ -139,14 +139,15 @@ def by_processor(kinds: list[str], found: list[dict[str, Any]], name: str, basel
             if baseline is None:
                 medians.append(case["rows"][name]["ratio_median"])
             else:
-                pairs = zip(case["rows"][name]["seconds"], case["rows"][baseline]["seconds"], strict=True)
-                medians.append(statistics.median(mine / theirs for mine, theirs in pairs))
-        cells.append(span(medians) if medians else "")
+                medians.append(median_ratio(case["rows"], name, baseline))
+        cells.append(span(medians))
     return cells
 
 
 def span(values: list[float]) -> str:
-    """Smallest to largest."""
+    """Smallest to largest; empty where nothing was measured."""
+    if not values:
+        return ""
     low, high = (f"{find(values):.2f}" for find in (min, max))
     return low if low == high else f"{low} to {high}"
 
@@ -157,21 +158,35 @@ def inference() -> Table:
     header, rows, align = turns(found, "speedup")
     for row, case in zip(rows, found, strict=True):
         wrong = "".join(f", wrong: {name}" for name, of in case["rows"].items() if not of["right"])
-        row += [
-            in_store(case),
-            *(ready(case, name) for name in READY),
-            f"{max(of['error'] for of in case['rows'].values()):.0e}{wrong}",
+        row += [in_store(case), f"{max(of['error'] for of in case['rows'].values()):.0e}{wrong}"]
+    return [*header, "all at the fastest rate", "largest error"], rows, align + "rr"
+
+
+def inference_short() -> Table:
+    """How many times as fast as others a prepacked net is, a row a net, dtype and batch, over the processors."""
+    mine, frozen = "resblocks fused, prepacked", "torchvision compiled, frozen"
+    alike: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for case in cases("inference", "cases"):
+        alike.setdefault((case["net"], case["dtype"], case["batch"]), []).append(case["rows"])
+    nets = list(dict.fromkeys(net for net, *_ in alike))
+    rows = []
+    for key in sorted(alike, key=lambda key: (nets.index(key[0]), key[1] != "float32", key[2])):
+        (net, dtype, batch), found = key, alike[key]
+        peers = "torchvision", "torchvision channels_last", frozen
+        faster = [[median_ratio(of, peer, mine) for of in found if peer in of] for peer in peers]
+        ready = [
+            [of[name]["ready_seconds"] for of in found if "ready_seconds" in of.get(name, {})]
+            for name in (mine, frozen)
         ]
-    prepared = [f"{name}: ready after, s" for name in READY]
-    return [*header, "all at the fastest rate", *prepared, "largest error"], rows, align + "rrrr"
+        rows.append([f"`{net}`", f"batch {batch}, {dtype}", *(span(values) for values in (*faster, *ready))])
+    header = ["net", "setting", "over torchvision", "over torchvision channels_last", "over inductor, frozen"]
+    return [*header, "ready after, s", "inductor ready after, s"], rows, "llrrrrr"
 
 
-READY = ("torchvision compiled, frozen", "resblocks fused, prepacked")
-
-
-def ready(case: dict[str, Any], name: str) -> str:
-    """Seconds until the contestant's first answer, where it took part."""
-    return str(case["rows"].get(name, {}).get("ready_seconds", ""))
+def median_ratio(rows: dict[str, Any], name: str, other: str) -> float:
+    """Median over the rounds of a contestant's time over another's."""
+    pairs = zip(rows[name]["seconds"], rows[other]["seconds"], strict=True)
+    return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 def in_store(case: dict[str, Any]) -> str:
@@ -252,6 +267,7 @@ TABLES = {
     "dense-time-short": dense_time_short,
     "in-numbers": in_numbers,
     "small-maps": small_maps,
+    "inference-short": inference_short,
     "throughput": throughput,
     "import-time": import_time,
     "scaling": scaling,
