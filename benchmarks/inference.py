@@ -51,7 +51,7 @@ Contestant = tuple[Callable[[], Net], Tensor]
 
 
 def contestants(name: str, x: Tensor, dtype: torch.dtype, compiled: bool) -> dict[str, Contestant]:
-    """How to make every net ready, and its input, all with the weights of the first; packages that miss are left out.
+    """How to make each net ready, and its input, all with the weights of the first; without packages that are missing.
 
     All but the first, the baseline, compute in the dtype.
     """
