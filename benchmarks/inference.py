@@ -1,6 +1,6 @@
 """How fast a finished net answers on the CPU: ours, fused and prepacked, against the others with the same weights.
 
-    python benchmarks/inference.py                           # all nets, batch 1 and 8, about 10 minutes on a core
+    python benchmarks/inference.py                           # all nets, batch 1 and 8, about 5 minutes on a core
     python benchmarks/inference.py --net resnet50 --batch 8  # one case; the others stay in the file
     python benchmarks/inference.py --compile                 # also torchvision by torch.compile, weights frozen or not
     python benchmarks/inference.py --dtype bfloat16          # weights and images in bfloat16, where it is hardware

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from resblocks._products import convolved, multiply, multiply_backward
 from resblocks.dense_plan import geometry
-from resblocks.layers import layout_of, over_positions
+from resblocks.layers import layout_of, over_positions, scaled
 
 aten = torch.ops.aten
 
@@ -94,13 +94,6 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     else:
         var, mean = torch.var_mean(x.to(wide), [0, *range(2, x.dim())], correction=0)
     return mean, var
-
-
-def scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """scale * x + shift, in the dtype of scale and shift."""
-    if x.device.type == "cpu" and x.stride(-1) == 1:
-        return (x * scale).add_(shift)  # addcmul is not vectorised there
-    return torch.addcmul(shift, x, scale)
 
 
 def kernels_for(x: Tensor) -> Any:

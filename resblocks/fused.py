@@ -16,6 +16,7 @@ from resblocks.fused_operators import (
     Geometry,
     Packed,
     Source,
+    affine,
     affine_relu,
     conv_add_relu,
     fits_winograd,
@@ -26,8 +27,9 @@ from resblocks.fused_operators import (
 from resblocks.layers import WeightStandardised, layout_of, over_positions, running_affine
 from resblocks.watched import is_watched
 
-for operator in ("conv_add_relu", "affine_relu"):
-    torch.fx.wrap(operator)
+torch.fx.wrap("conv_add_relu")
+torch.fx.wrap("affine")
+torch.fx.wrap("affine_relu")
 
 
 class Frozen(nn.Module):
@@ -268,7 +270,7 @@ class Affine(Frozen):
             self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.movedim(1, -1) * self.scale).add_(self.shift).movedim(-1, 1)
+        return affine(x, self.scale, self.shift)
 
     def extra_repr(self) -> str:
         return str(self.scale.numel())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from resblocks import winograd
-from resblocks.layers import layout_of
+from resblocks.layers import layout_of, over_positions, scaled
 from resblocks.residual import fitting
 from resblocks.watched import is_traced
 
@@ -102,22 +102,26 @@ def conv_add_relu(
 
 
 @torch.fx.wrap
-def affine_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`relu(scale * x + shift)` of each channel; in one pass where oneDNN runs it, as a convolution of single channels.
+def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`scale * x + shift` of each channel."""
+    return scaled(x, over_positions(scale, x), over_positions(shift, x))
 
-    Small maps, and other layouts than channels_last, take the plain operators, which are faster there.
+
+@torch.fx.wrap
+def affine_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`relu(scale * x + shift)` of each channel.
+
+    Where the plain operators are slow, in bfloat16 on large maps in channels_last, it is one convolution by oneDNN.
     """
     large = x.device.type == "cpu" and x.dim() == 4 and x.numel() >= LARGE and is_channels_last(x)
-    plain = x.dtype != scale.dtype or torch.is_autocast_enabled("cpu")
-    if large and not plain and runs_eagerly(x) and has_onednn(x.dtype):
+    narrow = x.dtype == scale.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
+    if large and narrow and runs_eagerly(x) and has_onednn(x.dtype):
         geometry = Geometry([1, 1], [0, 0], [1, 1], len(scale))
         return _onednn(x, scale.view(-1, 1, 1, 1), shift, None, True, geometry)
-    maps = x.movedim(1, -1)
-    y = torch.addcmul(shift, maps, scale) if x.is_cuda else (maps * scale).add_(shift)
-    return y.movedim(-1, 1).relu_()
+    return affine(x, scale, shift).relu_()
 
 
-LARGE = 2**17  # numbers from which on one pass is faster than three whose operators take less time to call
+LARGE = 2**17  # numbers; the call of a convolution takes longer than those of the plain operators
 
 
 def plain_conv_add_relu(
@@ -150,7 +154,7 @@ def _onednn(
 
 
 def adds(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's convolution takes an addition in; where it does not, torch 2.14 fails in bfloat16."""
+    """Whether oneDNN's convolution takes an addition in; where it does not, torch fails in bfloat16 (2.11 to 2.14)."""
     return weight.is_mkldnn or any(map(is_channels_last, (x, weight)))
 
 

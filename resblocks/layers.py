@@ -86,6 +86,13 @@ def over_positions(values: Tensor, x: Tensor) -> Tensor:
     return values[(...,) + (None,) * (x.dim() - 2)]
 
 
+def scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * x + shift, in the dtype of scale and shift."""
+    if x.device.type == "cpu" and x.stride(-1) == 1:
+        return (x * scale).add_(shift)  # addcmul is not vectorised there
+    return torch.addcmul(shift, x, scale)
+
+
 def running_affine(norm: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Scale and shift of a batch norm in evaluation mode, in the dtype given or that of its statistics."""
     dtype = norm.running_var.dtype if dtype is None else dtype
